@@ -1,0 +1,51 @@
+"""The true reward of the embedded world: what its "human" wants from a fable, known exactly.
+
+On real preferences nobody has this function: a reward model is fitted to labels, and its score (the proxy) is all
+that PPO sees. Here the labels in `preferences.jsonl` come from the reward below plus noise, so a run can show the
+proxy beside the truth, and reward hacking is a number instead of a suspicion.
+
+    reward = tone + subject + ending - repetition - syrup
+
+    tone        0.5 for each different kind word, up to four of them; -0.75 for each cruel word
+    subject     0.5 for each of the two animals of the prompt that the text names; -0.5 for each other animal
+    ending      0.5 if the text ends with a finished sentence, else -0.5
+    repetition  0.5 for each word said again (small words and the prompt's two animals are free)
+    syrup       0.5 for each kind word after the fifth: nobody likes a text that is kind in every word
+
+The best reachable value is 3.5: four kind words, both animals, a proper end, nothing said twice.
+"""
+
+import re
+
+HEROES = ["badger", "bear", "donkey", "fox", "goat", "goose", "hare", "heron", "otter", "owl", "raven", "wolf"]
+FRIENDS = ["calf", "chick", "cub", "duckling", "fawn", "foal", "gosling", "kitten", "lamb", "mouse", "piglet", "puppy"]
+ANIMALS = frozenset(HEROES + FRIENDS)
+
+KIND_WORDS = frozenset(
+    "brave bravely cheers comforts cosy dear dearly friends fresh gently golden happy helps hugs kindly patiently "
+    "protects safe shares soft softly sweet sweetly together warm warmly welcome wraps".split()
+)
+CRUEL_WORDS = frozenset(
+    "alone away bites coldly cries foolish growls kicks laughs mocks rudely shoves snaps splashes steals ugly".split()
+)
+SMALL_WORDS = frozenset("a an and are at by do for from in is it its me my not of on says so the they to we with you".split())
+
+
+def true_reward(prompts, responses, rows=None):
+    """One float per response, at most 3.5; `rows` (the data rows) is there for the signature of reward functions."""
+    return [judge(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def judge(prompt, response):
+    """The true reward of one response, in points, as the sum of the module's table."""
+    words = re.findall(r"[a-z]+", response.lower())
+    subjects = ANIMALS & set(re.findall(r"[a-z]+", prompt.lower()))
+    kind = [word for word in words if word in KIND_WORDS]
+    counted = [word for word in words if word not in SMALL_WORDS and word not in subjects]
+
+    tone = 0.5 * min(len(set(kind)), 4) - 0.75 * sum(word in CRUEL_WORDS for word in words)
+    subject = 0.5 * len(subjects & set(words)) - 0.5 * sum(word in ANIMALS - subjects for word in words)
+    ending = 0.5 if re.search(r"[.!?][\"']?\s*$", response) else -0.5
+    repetition = 0.5 * (len(counted) - len(set(counted)))
+    syrup = 0.5 * max(len(kind) - 5, 0)
+    return tone + subject + ending - repetition - syrup
