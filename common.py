@@ -16,6 +16,7 @@ import pathlib
 import random
 import shutil
 import sys
+import time
 
 import torch
 import transformers
@@ -133,6 +134,13 @@ def arithmetic(device, dtype):
     """
     bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def now(device):
+    """Seconds, after the device has finished what it was given, so that differences are the time of a phase."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 # === Data =========================================================================================
@@ -260,7 +268,7 @@ def encode_response(tokenizer, text):
 
 def eos_token_ids(tokenizer, model):
     """All ids that end a text, sorted: the tokenizer's EOS and those of the model's generation config (chat models have several)."""
-    stored = model.generation_config.eos_token_id
+    stored = getattr(model, "generation_config", model.config).eos_token_id
     stored = stored if isinstance(stored, list) else [stored]
     return sorted({tokenizer.eos_token_id, *(token for token in stored if token is not None)})
 
@@ -416,11 +424,11 @@ def prepare_output(output):
         raise UserError(f"--output {output} can't be written: {error.strerror}") from None
 
 
-def write_json_lines(path, rows):
-    """Write `rows` as JSON Lines; a number that is not finite becomes null, since JSON has no NaN."""
-    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-    lines = [json.dumps({key: finite(value) for key, value in row.items()}, ensure_ascii=False) for row in rows]
-    pathlib.Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+def append_json_line(path, row):
+    """Add one row to a JSON Lines file; a number that is not finite becomes null, since JSON has no NaN."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -232,7 +232,8 @@ def main(cfg):
     with common.written_whole(cfg.output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        common.write_json_lines(folder / "metrics.jsonl", log)
+        for row in log:
+            common.append_json_line(folder / "metrics.jsonl", row)
     print(f"\nheld-out loss {loss_before:.3f} -> {loss_after:.3f} nats per token, "
           f"perplexity {math.exp(loss_before):.2f} -> {math.exp(loss_after):.2f}\n")  # fmt: skip
     print_samples(model, tokenizer, [prompt for prompt, _ in eval_examples[:4]], device, cfg)
