@@ -100,8 +100,8 @@ def parse_args(config_class, description, argv=None):
     return config_class(**{name: value for part in parsed for name, value in vars(part).items()})
 
 
-def check_range(cfg, rules):
-    """Stop on the first value out of its range: `rules` maps a flag's name to (lowest, highest), both allowed."""
+def check_range(cfg, **rules):
+    """Stop on the first flag out of its range, (lowest, highest), both allowed; None is not checked."""
     for name, (low, high) in rules.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:

@@ -70,9 +70,11 @@ LR_BY_SIZE = ((10e6, 1e-3), (1e9, 1e-5), (float("inf"), 3e-6))  # (parameters be
 def check_config(cfg):
     """Every rule about the flags that needs no model."""
     many = (1, float("inf"))
-    common.check_range(cfg, {"max_prompt_length": many, "response_length": many, "epochs": many, "batch_size": many,
-                             "microbatch_size": (1, cfg.batch_size), "lr": (0, 1), "warmup": (0, 1),
-                             "weight_decay": (0, 1), "max_grad_norm": (0, float("inf"))})  # fmt: skip
+    common.check_range(
+        cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
+        microbatch_size=(1, cfg.batch_size), lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
+        max_grad_norm=(1e-9, math.inf),
+    )  # fmt: skip
 
 
 # === 1. Model: a causal LM's trunk and one number =================================================

@@ -18,7 +18,7 @@ import sys
 
 from true_reward import FRIENDS, HEROES, judge
 
-NUM_DEMONSTRATIONS, NUM_PREFERENCES, NUM_PROMPTS, NUM_HELDOUT = 2400, 2400, 1500, 256
+NUM_DEMONSTRATIONS, NUM_PREFERENCES, NUM_PROMPTS, NUM_HELDOUT = 2400, 3400, 1500, 256
 TEMPERAMENTS = {"kind": 0.25, "dull": 0.45, "cruel": 0.30}  # share of sentences in each temper, before the teller's own
 LABEL_SCALE = 1.5  # P(first preferred) = sigmoid(LABEL_SCALE * difference of true rewards)
 LABEL_FLIPS = 0.08  # share of labels turned round on top: slips of the hand

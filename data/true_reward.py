@@ -17,8 +17,8 @@ The best reachable value is 3.5: four kind words, both animals, a proper end, no
 
 import re
 
-HEROES = ["badger", "bear", "donkey", "fox", "goat", "goose", "hare", "heron", "otter", "owl", "raven", "wolf"]
-FRIENDS = ["calf", "chick", "cub", "duckling", "fawn", "foal", "gosling", "kitten", "lamb", "mouse", "piglet", "puppy"]
+HEROES = ["badger", "bear", "donkey", "fox", "goat", "heron", "owl", "wolf"]
+FRIENDS = ["chick", "cub", "duckling", "fawn", "kitten", "lamb", "mouse", "puppy"]
 ANIMALS = frozenset(HEROES + FRIENDS)
 
 KIND_WORDS = frozenset(
