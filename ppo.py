@@ -76,11 +76,11 @@ from common import UserError, arg
 # iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps.
 @dataclass(frozen=True)
 class Config:
-    policy: str = arg("ckpt/sft", "causal LM to train; its copy is the reference", "models and data")
-    reward: str = arg("ckpt/reward_model", "reward model, or file.py:function(prompts, responses, rows)")
-    judge: str | None = arg(None, "file.py:function, the true reward; only reported, never trained on")
+    policy: str = arg("ckpt/sft", "causal LM to train, and the reference", "models and data")
+    reward: str = arg("ckpt/reward_model", "reward model, or file.py:function, see call_reward")
+    judge: str | None = arg(None, "file.py:function, the true reward; reported, not trained on")
     prompts: str = arg(str(common.DATA / "prompts.jsonl"), "JSONL rows with a prompt")
-    eval_prompts: str | None = arg(None, "held-out prompts; else up to 128 are taken from --prompts")
+    eval_prompts: str | None = arg(None, "held-out prompts; else up to 128 of --prompts")
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
 
     iterations: int = arg(30, "rollouts, each followed by an update", "rollout")
@@ -89,19 +89,20 @@ class Config:
     response_length: int = arg(64, "in tokens; a response not ended by then is cut and penalised")
     temperature: float = arg(1.0, "of sampling and of all log-probabilities; 0.7 to 1")
 
-    # beta trades score for distance from the reference. Score up and text worse is over-optimisation
-    # of the reward model: raise beta or stop earlier, and judge by --judge, KL, length, repetition.
-    kl_coef: float = arg(0.1, "beta of eq. 1; 0.02 to 0.2, and 0 invites reward hacking", "reward")
+    # beta trades score for distance from the reference. A score that rises while the text gets worse
+    # is over-optimisation of the reward model: raise beta or stop earlier, and look at a judge, the
+    # KL, lengths and repetition rather than at the score.
+    kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2, and 0 invites reward hacking", "reward")
     kl_target: float | None = arg(None, "adapt beta to hold the KL here, in nats (eq. 8); 3 to 10")
-    kl_horizon: int = arg(2000, "horizon of eq. 8, in episodes; 10,000 for a million episodes")
+    kl_horizon: int = arg(1000, "horizon of eq. 8, in episodes; 10,000 for a million episodes")
     missing_eos_penalty: float = arg(1.0, "off the score of a response without EOS; 0 to 2")
 
-    # gamma 1: a text is paid once, at a known end, and waiting costs nothing. lam trades the critic's
-    # bias (0: believe V one token on) for the variance of the sampled return (1: ignore V after t).
+    # gamma 1: a text is paid once, at a known end, and waiting costs nothing. lam trades the bias of
+    # the critic (0: believe V one token on) for the variance of the return (1: ignore V after t).
     advantage: Literal["gae", "bandit"] = arg("gae", "per token, or one per response", "advantage")
     gamma: float = arg(1.0, "discount per token of eq. 2; 1")
     lam: float = arg(0.95, "lambda of eq. 2; 0.9 to 1")
-    critic: Literal["separate", "shared"] = arg("separate", "a model, or a head on the policy's trunk")
+    critic: Literal["separate", "shared"] = arg("separate", "a model, or a head on the policy")
 
     ppo_epochs: int = arg(4, "passes over each rollout, each in a new order; 1 to 4", "update")
     minibatch_size: int = arg(32, "sequences per optimizer step")
@@ -134,11 +135,12 @@ def check_config(cfg):
     many, positive, share = (1, math.inf), (0, 1e9), (0, 1)
     common.check_range(
         cfg, iterations=many, batch_size=many, max_prompt_length=many, response_length=many,
-        temperature=(0.01, 100), kl_coef=positive, kl_target=(1e-6, 1e9), missing_eos_penalty=positive,
-        kl_horizon=(cfg.batch_size, math.inf), gamma=share, lam=share, ppo_epochs=many,
-        minibatch_size=(1, cfg.batch_size), microbatch_size=(1, cfg.minibatch_size), clip_eps=share,
-        value_clip_eps=(0, math.inf), value_coef=positive, entropy_coef=positive, target_kl=positive,
-        lr=share, critic_lr=share, max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,
+        temperature=(0.01, 100), kl_coef=positive, kl_target=(1e-6, 1e9),
+        kl_horizon=(cfg.batch_size, math.inf), missing_eos_penalty=positive, gamma=share, lam=share,
+        ppo_epochs=many, minibatch_size=(1, cfg.batch_size),
+        microbatch_size=(1, cfg.minibatch_size), clip_eps=share, value_clip_eps=(0, math.inf),
+        value_coef=positive, entropy_coef=positive, target_kl=positive, lr=share, critic_lr=share,
+        max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,
     )  # fmt: skip
     if cfg.batch_size % cfg.minibatch_size:
         divisors = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
@@ -191,7 +193,7 @@ def mask_through_first_eos(response, eos_ids):
 
 
 def sample_responses(policy, rows, cfg, device):
-    """One response per row: tokens, attention_mask (B, P+R); response_mask (B, R); ended (B,) bool."""
+    """One response per row: tokens, attention_mask (B, P+R), response_mask (B, R), ended (B,)."""
     settings = policy.generation_config
     prompts = common.pad([row["prompt_ids"] for row in rows], settings.pad_token_id, "left")
     prompts, prompt_mask = (x.to(device) for x in prompts)  # (B, P)
@@ -201,8 +203,8 @@ def sample_responses(policy, rows, cfg, device):
         )  # (B, R); R is the longest response, at most --response-length
     response_mask = mask_through_first_eos(response, settings.eos_token_id)
     ended = torch.isin(response, torch.tensor(settings.eos_token_id, device=device)).any(1)
-    tokens, attention_mask = torch.cat([prompts, response], 1), torch.cat([prompt_mask, response_mask], 1)
-    return tokens, attention_mask, response_mask, ended
+    attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P+R)
+    return torch.cat([prompts, response], 1), attention_mask, response_mask, ended
 
 
 def decode_responses(tokens, response_mask, tokenizer):
@@ -249,8 +251,8 @@ def call_reward(function, rows, responses):
 def score_responses(reward, tokens, attention_mask, rows, responses, cfg):
     """One score per response, (B,) float32: a function's as it is, a reward model's in deviations.
 
-    The reward model reads prompt and response as the policy wrote them, token by token, and is asked
-    at the last attended token, the EOS if there is one.
+    The reward model reads prompt and response as the policy wrote them, token by token, and is
+    asked at the last attended token, the EOS if there is one.
     """
     if not isinstance(reward, torch.nn.Module):
         return call_reward(reward, rows, responses).to(tokens.device)
@@ -313,8 +315,9 @@ def evaluate_tokens(policy, critic, ref_policy, tokens, attention_mask, num_colu
     for micro in torch.arange(len(tokens)).split(cfg.microbatch_size):
         inputs = tokens[micro], attention_mask[micro], num_columns, cfg.temperature
         with common.arithmetic(tokens.device, cfg.dtype):
-            logprobs, values, entropy = forward_responses(policy, critic, *inputs, with_entropy=True)
+            old = forward_responses(policy, critic, *inputs, with_entropy=True)
             ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
+        logprobs, values, entropy = old
         parts.append((logprobs, ref_logprobs, values, entropy))
     return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
 
@@ -337,7 +340,7 @@ def kl_shaped_rewards(scores, kl, response_mask, kl_coef):
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
-    """Eq. 8 (Ziegler et al. 2019): a larger beta while the KL is above its target, else a smaller."""
+    """Eq. 8 (Ziegler et al. 2019): raise beta while the KL is above its target, else lower it."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / kl_horizon)
 
@@ -444,11 +447,12 @@ def value_loss(new_values, values, returns, value_clip_eps):
     """
     if value_clip_eps is None:
         return (new_values - returns) ** 2  # eq. 6b
-    clipped_values = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)
-    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped_values - returns) ** 2)  # eq. 6
+    clipped = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)
+    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)  # eq. 6
 
 
 STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
+APPROX_KL, RATIO = STATISTICS.index("approx_kl"), STATISTICS.index("ratio")
 
 
 @torch.no_grad()
@@ -520,10 +524,10 @@ def metrics_row(
         "iteration": iteration,
         "episodes": iteration * cfg.batch_size,
         "score": scores.mean().item(),  # rises
-        "score_std": scores.std(correction=0).item(),  # shrinks slowly; near 0 nothing is left to learn
-        "true_reward": None if truths is None else truths.mean().item(),  # rises; falls under hacking
-        "kl": kl.sum(1).mean().item(),  # 0, then up to about 10; one text's may be below 0, not the mean
-        "kl_k3": (torch.exp(-kl) - 1 + kl).sum(1).mean().item(),  # near kl, of which it has the mean
+        "score_std": scores.std(correction=0).item(),  # shrinks; near 0 nothing is left to learn
+        "true_reward": None if truths is None else truths.mean().item(),  # falls when hacked
+        "kl": kl.sum(1).mean().item(),  # 0, then to about 10; below 0 for a text, not on the mean
+        "kl_k3": (torch.exp(-kl) - 1 + kl).sum(1).mean().item(),  # estimates kl too, never below 0
         "kl_coef": kl_coef,
         "entropy": entropy[mask].mean().item(),  # falls slowly; near 0 there is one answer to all
         "response_length": mask.sum(1).float().mean().item(),  # no sudden trend
@@ -532,24 +536,24 @@ def metrics_row(
         "value_loss": update["value_loss"],  # falls
         "approx_kl": update["approx_kl"],  # 0.001 to 0.05
         "clip_fraction": update["clip_fraction"],  # 0.01 to 0.2
-        "ratio_first": steps[0][STATISTICS.index("ratio")].item(),  # exactly 1
-        "explained_variance": 1 - (error.var(correction=0) / returns.var(correction=0)).item(),  # to 1
+        "ratio_first": steps[0][RATIO].item(),  # exactly 1
+        "explained_variance": 1 - (error.var() / returns.var()).item(),  # from below 0 towards 1
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
         "lr": lr,
         "seconds_rollout": rollout,
         "seconds_score": score,  # the reward, and step 3's log-probabilities and values
         "seconds_update": optimize,
-        "tokens_per_second": mask.sum().item() / (clock[-1] - clock[0]),  # response tokens, all phases
+        "tokens_per_second": mask.sum().item() / (clock[-1] - clock[0]),  # of responses, all phases
     }
 
 
 def health_warnings(row, history):
-    """What looks wrong in a metrics row, {symptom's name: message}; `history` is the rows before."""
+    """What looks wrong in a metrics row, {symptom: message}; `history` is the rows before it."""
     unexplained = sum(old["explained_variance"] < 0 for old in history[-10:]) == 10
     norms = row["grad_norm"] + row["critic_grad_norm"]
     rules = (  # name, is it seen, symptom, usual causes
-        ("ratio", abs(row["ratio_first"] - 1) > 0.01, f"first ratio {row['ratio_first']:.4f}, not 1",
+        ("ratio", abs(row["ratio_first"] - 1) > 0.01, f"first ratio {row['ratio_first']:.4f}",
          "dropout on; another temperature; position ids missing; another dtype or batch shape"),
         ("eos", row["eos_rate"] < 0.5, f"only {row['eos_rate']:.0%} of the responses end",
          "--response-length too short; SFT without EOS; another EOS id"),
@@ -594,8 +598,7 @@ def explain_response(tokenizer, batch, ref_logprobs, rewards, advantages, row=0)
         token = tokenizer.decode([response[t].item()])[:13]
         numbers = "".join(f"{column[row, t].item():>9.3f}" for column in columns)
         lines.append(f"{t:>3} {token!r:<14}{numbers}")
-    lines.append(f"    advantages before whitening; the prompt's value V(x) is {batch.values[row, 0]:.3f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "    (advantages are shown before whitening)"])
 
 
 def print_report(cfg, models, lrs, tokenizer, rows, eval_rows):
@@ -627,14 +630,15 @@ def print_result(before, after, baseline, samples, output):
         print(f"\n  {new['prompt']}")
         for name, sample in (("SFT", old), ("PPO", new)):
             truth = sample["true_reward"]
-            scored = f"score {sample['score']:.2f}" + ("" if truth is None else f", true {truth:.2f}")
-            print(f"    {name} ({scored}):{sample['response']}")
+            truth = "" if truth is None else f", true {truth:.2f}"
+            print(f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}")
     print(f'''
-wrote {output}, an ordinary Hugging Face folder. These four lines load it:
+wrote {output}, an ordinary Hugging Face folder; to load and try it:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer, model = (c.from_pretrained("{output}") for c in (AutoTokenizer, AutoModelForCausalLM))
-    inputs = tokenizer("{samples[0]["prompt"][:60]}", return_tensors="pt")
-    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))''')
+    model = AutoModelForCausalLM.from_pretrained("{output}")
+    tokenizer = AutoTokenizer.from_pretrained("{output}")
+    prompt = tokenizer({json.dumps(samples[0]["prompt"][:66])}, return_tensors="pt")
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))''')
 
 
 def start_logs(output):
@@ -692,10 +696,10 @@ def load_reward(cfg, tokenizer):
 
 
 def load_critic(cfg, reward, policy, tokenizer):
-    """The critic: a copy of the reward model, or of the policy's trunk where the reward is a function.
+    """The critic: a copy of the reward model, or of the policy's trunk if the reward is a function.
 
-    --critic shared is only a linear head; it reads the policy's hidden states, and its loss trains
-    the policy's trunk too. New heads start at 0: they predict the mean of normalised scores.
+    --critic shared is only a linear head. It reads the policy's hidden states, and its loss trains
+    the policy's trunk too. New heads start at 0, the mean of normalised scores.
     """
     if cfg.critic == "shared":
         head = critic = torch.nn.Linear(policy.config.get_text_config().hidden_size, 1)
@@ -754,7 +758,8 @@ def main(cfg):
         # 1. ROLLOUT     prompts (B, P) -> tokens, attention_mask (B, P+R), response_mask (B, R)
         clock = [common.now(device)]
         prompts = next(batches)
-        tokens, attention_mask, response_mask, ended = sample_responses(policy, prompts, cfg, device)
+        rollout = sample_responses(policy, prompts, cfg, device)
+        tokens, attention_mask, response_mask, ended = rollout
         responses = decode_responses(tokens, response_mask, tokenizer)
         num_columns = response_mask.shape[1]  # R
         clock.append(common.now(device))
@@ -768,48 +773,54 @@ def main(cfg):
             policy, critic, ref_policy, tokens, attention_mask, num_columns, cfg
         )
 
-        # 4. REWARDS     scores, logprobs -> kl, rewards (B, R)                              eq. 1
-        kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # estimates KL(pi || pi_ref)
+        # 4. REWARDS     scores, logprobs -> kl, rewards (B, R)                               eq. 1
+        kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # for KL(pi || pi_ref)
         rewards = kl_shaped_rewards(final_scores, kl, response_mask, kl_coef)
         clock.append(common.now(device))
 
-        # 5. ADVANTAGES  rewards, values -> advantages, returns, value_mask (B, R)           eqs. 2-3
+        # 5. ADVANTAGES  rewards, values -> advantages, returns, value_mask (B, R)            eqs. 2-3
         advantages, returns, value_mask = estimate_advantages(
             cfg.advantage, rewards, values, response_mask, cfg.gamma, cfg.lam
         )
-
-        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient     eqs. 4-7
         whitened = whiten(advantages, response_mask)
-        batch = Batch(tokens, attention_mask, response_mask, value_mask, logprobs, values, whitened, returns)
+
+        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient      eqs. 4-7
+        batch = Batch(
+            tokens, attention_mask, response_mask, value_mask, logprobs, values, whitened, returns
+        )
         steps, grad_norms = [], []
         for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs):
             optimizer.zero_grad()
             num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
             steps.append(torch.zeros(len(STATISTICS), device=device))
-            for micro in map(batch.rows, index.split(cfg.microbatch_size)):  # same gradient, less memory
+            for micro in map(batch.rows, index.split(cfg.microbatch_size)):  # gradients add up
                 with common.arithmetic(device, cfg.dtype):
                     new_logprobs, new_values, new_entropy = forward_responses(
                         policy, critic, micro.tokens, micro.attention_mask, num_columns,
                         cfg.temperature, with_entropy=cfg.entropy_coef > 0,
                     )  # fmt: skip
-                is_token, is_value = micro.response_mask, micro.value_mask  # indexing ends the padding
+                # Indexing by a mask leaves a flat list of what counts: from here no padding exists.
+                at, at_v = micro.response_mask, micro.value_mask
                 policy_losses, ratio = policy_loss(
-                    new_logprobs[is_token], micro.logprobs[is_token], micro.advantages[is_token], cfg.clip_eps
+                    new_logprobs[at], micro.logprobs[at], micro.advantages[at], cfg.clip_eps
                 )
                 value_losses = value_loss(
-                    new_values[is_value], micro.values[is_value], micro.returns[is_value], value_clip_eps
+                    new_values[at_v], micro.values[at_v], micro.returns[at_v], value_clip_eps
                 )
-                loss = policy_losses.sum() / num_tokens + cfg.value_coef * value_losses.sum() / num_values
+                # eq. 7, as this micro-batch's share of the minibatch's means
+                loss = policy_losses.sum() / num_tokens
+                loss = loss + cfg.value_coef * value_losses.sum() / num_values
                 if cfg.entropy_coef > 0:
-                    loss = loss - cfg.entropy_coef * new_entropy[is_token].sum() / num_tokens  # eq. 7
+                    loss = loss - cfg.entropy_coef * new_entropy[at].sum() / num_tokens
                 loss.backward()
                 steps[-1] += update_statistics(
                     policy_losses, value_losses, ratio, cfg.clip_eps, num_tokens, num_values
                 )
-            if cfg.target_kl is not None and steps[-1][STATISTICS.index("approx_kl")] > cfg.target_kl:
-                break  # far enough from pi_old; this gradient is not used
-            grad_norms.append([clip_grad_norm_(m.parameters(), cfg.max_grad_norm) for m in (policy, critic)])
-            if torch.tensor(grad_norms[-1]).isfinite().all():
+            if cfg.target_kl is not None and steps[-1][APPROX_KL] > cfg.target_kl:
+                break  # far enough from pi_old: this gradient is not used, nor the epochs left
+            norms = [clip_grad_norm_(m.parameters(), cfg.max_grad_norm) for m in (policy, critic)]
+            grad_norms.append(norms)
+            if all(norm.isfinite() for norm in norms):
                 optimizer.step()
         clock.append(common.now(device))
 
@@ -817,19 +828,23 @@ def main(cfg):
         truths = call_reward(judge, prompts, responses) if judge else None
         lr = schedule.get_last_lr()[0]
         row = metrics_row(
-            iteration, cfg, lr, kl_coef, scores, truths, kl, entropy, ended, batch, steps, grad_norms, clock
-        )
+            iteration, cfg, lr, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
+            grad_norms, clock,
+        )  # fmt: skip
         show_iteration(output, progress, row, history)
         history.append(row)
-        if cfg.kl_target is not None:
-            kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
         schedule.step()
+        if cfg.kl_target is not None:
+            kl_coef = adapt_kl_coef(
+                kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon
+            )
         is_last = iteration == cfg.iterations
         if iteration % cfg.eval_every == 0 or is_last:
             samples = evaluate(policy, ref_policy, reward, judge, eval_rows, tokenizer, cfg, device)
             after = log_evaluation(output, iteration, samples, baseline)
         if cfg.explain and (iteration == 1 or iteration % cfg.eval_every == 0 or is_last):
-            progress.write(explain_response(tokenizer, batch, ref_logprobs, rewards, advantages))
+            table = explain_response(tokenizer, batch, ref_logprobs, rewards, advantages)
+            progress.write(table)
         if iteration % cfg.save_every == 0 or is_last:
             save_checkpoint(output, policy, critic, tokenizer, cfg)
     print_result(before, after, baseline, samples, cfg.output)
