@@ -51,7 +51,7 @@ def command_line():
 
 
 def arg(default, help, group=None):
-    """One flag of a `Config`: its default, its help, and, if it opens a --help group, the heading."""
+    """One flag of a `Config`: default, help, and the heading if it opens a group of --help."""
     metadata = {"help": help.replace("%", "%%"), "group": group}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -97,7 +97,7 @@ def parse_args(config_class, description, argv=None):
         parts, description=description, usage=f"python {pathlib.Path(sys.argv[0]).name} [flags]",
         formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -214,7 +214,7 @@ def report_dropped(num_dropped, num_rows, source):
     if num_dropped == num_rows:
         raise UserError(f"all {num_rows} rows of {source} are empty or too long; see {flags}")
     if num_dropped:
-        print(f"  dropped {num_dropped} of {num_rows} rows of {source}: empty or longer than {flags}")
+        print(f"  dropped {num_dropped} of {num_rows} rows of {source}: empty or above {flags}")
 
 
 def hold_out(rows, most, seed):
@@ -302,7 +302,7 @@ def _load(auto_class, path, made_by, **options):
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
-        what = "can't be loaded" if os.path.isdir(path) else "is no folder, nor a model to be fetched"
+        what = "can't be loaded" if os.path.isdir(path) else "is no folder and can't be fetched"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"{path} {what}: {reason}{hint}") from error
 
@@ -324,7 +324,7 @@ def load_causal_lm(path, tokenizer, made_by=None):
     config = _config_without_dropout(path, made_by)
     model, info = _load(AutoModelForCausalLM, path, made_by, config=config, dtype=torch.float32)
     if info["missing_keys"]:
-        raise UserError(f"{path} is no whole causal LM: {sorted(info['missing_keys'])[0]} is missing")
+        raise UserError(f"{path} is no causal LM: it has no {sorted(info['missing_keys'])[0]}")
     fit_embeddings(model, tokenizer)
     set_generation_defaults(model, tokenizer)
     return model
@@ -340,7 +340,7 @@ def set_generation_defaults(model, tokenizer, temperature=1.0):
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
         eos_token_id=eos_token_ids(tokenizer, model),
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -387,14 +387,14 @@ def position_ids(attention_mask):
 
 
 def token_scores(model, tokens, attention_mask):
-    """The scalar model's output at each token, (B, T) float32: a score or a value of the text so far.
+    """The scalar model's output at each token, (B, T) float32: score or value of the text so far.
 
     In the unit of `reward_mean` and `reward_std`: reference completions have mean 0, deviation 1.
     """
     hidden = model.base_model(
         input_ids=tokens, attention_mask=attention_mask, use_cache=False,
         position_ids=position_ids(attention_mask),
-    ).last_hidden_state  # (B, T, width)  # fmt: skip
+    ).last_hidden_state  # (B, T, width)
     with torch.autocast(tokens.device.type, enabled=False):  # bf16 keeps three digits of a score
         scores = model.score(hidden.float()).squeeze(-1)
     return (scores - model.config.reward_mean) / model.config.reward_std
@@ -416,7 +416,7 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     sampling = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
         eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id,
-    )  # fmt: skip
+    )
     tokens = model.generate(prompts, attention_mask=prompt_mask, generation_config=sampling)
     return tokens[:, prompts.shape[1] :]
 
@@ -437,7 +437,8 @@ def print_tokens(tokenizer, model, prompt, response=()):
     prompt_text, response_text = "|".join(pieces[: len(prompt)]), "|".join(pieces[len(prompt) :])
     line = f"{prompt_text}  =>  {response_text}" if response_text else prompt_text
     line = line if len(line) <= 240 else f"{line[:150]} ... {line[-80:]}"
-    print(f"  EOS {', '.join(eos)}; pad {tokenizer.pad_token_id} {tokenizer.pad_token}; a row:\n    {line}")
+    pad_token = f"{tokenizer.pad_token_id} {tokenizer.pad_token}"
+    print(f"  EOS {', '.join(eos)}; pad {pad_token}; a row:\n    {line}")
 
 
 # === Checkpoints ==================================================================================

@@ -24,11 +24,11 @@ Models    policy        starts at --policy               trained  writes the res
           ref policy    a copy of it                     frozen   the KL is measured against it
           reward model  --reward                         frozen   scores a finished text, once
           critic        separate: starts at the reward   trained  predicts, from an unfinished text,
-                        model; shared: a value head               the rewards still to come: that is
-                        on the policy's trunk                     why a reward model can't replace it
+                        model; shared: a value head               the rewards to come. A reward model
+                        on the policy's trunk                     can't: it reads finished texts
           pi_old needs no model: it is the policy before the update; its log-probabilities are kept.
 
-Differs   The score is paid at the last counted token; OpenAI's and TRL's code put it one slot later.
+Differs   The score is paid at the last counted token; OpenAI's and TRL's code pay one slot later.
           One function computes all log-probabilities, old, new and reference, at the sampling
           temperature and in float32. The sampler's own are not used: its cache and shapes alone can
           move a bf16 ratio by several per cent before anything has been learned.
@@ -89,15 +89,15 @@ class Config:
     response_length: int = arg(64, "in tokens; a response not ended by then is cut and penalised")
     temperature: float = arg(1.0, "of sampling and of all log-probabilities; 0.7 to 1")
 
-    # beta trades score for distance from the reference. A score that rises while the text gets worse
-    # is over-optimisation of the reward model: raise beta or stop earlier, and look at a judge, the
-    # KL, lengths and repetition rather than at the score.
+    # beta trades score for distance from the reference. If the score rises and the texts get worse,
+    # the reward model is over-optimised: raise beta or stop earlier, and look at a judge, the KL,
+    # lengths and repetition rather than at the score.
     kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2, and 0 invites reward hacking", "reward")
     kl_target: float | None = arg(None, "adapt beta to hold the KL here, in nats (eq. 8); 3 to 10")
     kl_horizon: int = arg(1000, "horizon of eq. 8, in episodes; 10,000 for a million episodes")
     missing_eos_penalty: float = arg(1.0, "off the score of a response without EOS; 0 to 2")
 
-    # gamma 1: a text is paid once, at a known end, and waiting costs nothing. lam trades the bias of
+    # gamma 1: a text is paid once, at a known end; waiting costs nothing. lam trades the bias of
     # the critic (0: believe V one token on) for the variance of the return (1: ignore V after t).
     advantage: Literal["gae", "bandit"] = arg("gae", "per token, or one per response", "advantage")
     gamma: float = arg(1.0, "discount per token of eq. 2; 1")
@@ -141,7 +141,7 @@ def check_config(cfg):
         microbatch_size=(1, cfg.minibatch_size), clip_eps=share, value_clip_eps=(0, math.inf),
         value_coef=positive, entropy_coef=positive, target_kl=positive, lr=share, critic_lr=share,
         max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,
-    )  # fmt: skip
+    )
     if cfg.batch_size % cfg.minibatch_size:
         divisors = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
         near = min(divisors, key=lambda n: abs(n - cfg.minibatch_size))
@@ -272,8 +272,8 @@ def forward_responses(
     """The one function that turns tokens into log-probabilities: of old, new and reference policy.
 
     Returns:
-        logprobs, values, entropy, each (B, R) float32 with R = num_columns; values is None without
-        a critic, entropy None unless asked for.
+        logprobs, values, entropy, each (B, R) float32 with R = num_columns. Without a critic the
+        values are 0, and so is the entropy unless asked for: it takes a (B, R, V) softmax.
 
     A causal model's output at position i is its distribution over token i + 1. So what belongs to
     the R response tokens is read one position earlier, from the last prompt token on. This is the
@@ -288,19 +288,20 @@ def forward_responses(
         input_ids=tokens, attention_mask=attention_mask, use_cache=False,
         position_ids=common.position_ids(attention_mask),
         logits_to_keep=num_columns + 1, output_hidden_states=shared,
-    )  # fmt: skip
+    )
     # The sampler divided the logits by the temperature, so every log-probability does, the
     # reference's too: the policy that is optimised is the tempered one, and its KL starts at 0.
     logits = output.logits[:, :-1].float() / temperature  # (B, R, V)
     normalizer = logits.logsumexp(-1)  # picked logit - logsumexp keeps no (B, R, V) log-softmax
     logprobs = logits.gather(-1, tokens[:, -num_columns:, None]).squeeze(-1) - normalizer
-    entropy = normalizer - (logits.softmax(-1) * logits).sum(-1) if with_entropy else None
-    if critic is None:
-        return logprobs, None, entropy
+    values, entropy = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    if with_entropy:
+        entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
     if shared:
         hidden = output.hidden_states[-1][:, -num_columns - 1 : -1]  # (B, R, width)
-        return logprobs, critic(hidden.float()).squeeze(-1).float(), entropy
-    values = common.token_scores(critic, tokens, attention_mask)[:, -num_columns - 1 : -1]
+        values = critic(hidden.float()).squeeze(-1).float()
+    elif critic is not None:
+        values = common.token_scores(critic, tokens, attention_mask)[:, -num_columns - 1 : -1]
     return logprobs, values, entropy
 
 
@@ -315,11 +316,10 @@ def evaluate_tokens(policy, critic, ref_policy, tokens, attention_mask, num_colu
     for micro in torch.arange(len(tokens)).split(cfg.microbatch_size):
         inputs = tokens[micro], attention_mask[micro], num_columns, cfg.temperature
         with common.arithmetic(tokens.device, cfg.dtype):
-            old = forward_responses(policy, critic, *inputs, with_entropy=True)
+            logprobs, *old = forward_responses(policy, critic, *inputs, with_entropy=True)
             ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
-        logprobs, values, entropy = old
-        parts.append((logprobs, ref_logprobs, values, entropy))
-    return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+        parts.append((logprobs, ref_logprobs, *old))
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 # === 4. Rewards: eqs. 1 and 8 =====================================================================
@@ -341,6 +341,8 @@ def kl_shaped_rewards(scores, kl, response_mask, kl_coef):
 
 def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
     """Eq. 8 (Ziegler et al. 2019): raise beta while the KL is above its target, else lower it."""
+    if kl_target is None:
+        return kl_coef
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / kl_horizon)
 
@@ -451,6 +453,19 @@ def value_loss(new_values, values, returns, value_clip_eps):
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)  # eq. 6
 
 
+def total_loss(
+    policy_losses, value_losses, entropy, num_tokens, num_values, value_coef, entropy_coef
+):
+    """Eq. 7, a scalar: sums over what is given, divided by the counts of the whole minibatch.
+
+    The policy's mean is over tokens, the critic's over the positions where it is trained. Dividing
+    a micro-batch's sums by the minibatch's counts makes the gradients of its micro-batches add up
+    to the minibatch's own, whatever their sizes.
+    """
+    policy_term = (policy_losses - entropy_coef * entropy).sum() / num_tokens
+    return policy_term + value_coef * value_losses.sum() / num_values
+
+
 STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
 APPROX_KL, RATIO = STATISTICS.index("approx_kl"), STATISTICS.index("ratio")
 
@@ -512,7 +527,8 @@ def summarize(samples, baseline):
 
 # === 8. What the user sees (not part of the algorithm) ============================================
 def metrics_row(
-    iteration, cfg, lr, kl_coef, scores, truths, kl, entropy, ended, batch, steps, grad_norms, clock
+    iteration, cfg, schedule, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
+    grad_norms, clock,
 ):
     """The iteration's row of metrics.jsonl; the comments say what is healthy."""
     mask, value_mask = batch.response_mask, batch.value_mask
@@ -540,7 +556,7 @@ def metrics_row(
         "explained_variance": 1 - (error.var() / returns.var()).item(),  # from below 0 towards 1
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
-        "lr": lr,
+        "lr": schedule.get_last_lr()[0],  # the policy's
         "seconds_rollout": rollout,
         "seconds_score": score,  # the reward, and step 3's log-probabilities and values
         "seconds_update": optimize,
@@ -569,12 +585,13 @@ def health_warnings(row, history):
          "--critic-lr too high or too low; a reward that is noise given the prompt"),
         ("gradient", not math.isfinite(norms), "a gradient was not finite, its step was skipped",
          "--lr too high; rewards of enormous size"),
-    )  # fmt: skip
+    )
     return {name: f"{what}. Usual causes: {causes}" for name, seen, what, causes in rules if seen}
 
 
-def show_iteration(output, progress, row, history):
-    """Append the row to metrics.jsonl, move the bar, and tell of each new symptom once."""
+def show_iteration(output, progress, history):
+    """Append the last row to metrics.jsonl, put it on the bar, and tell of each symptom once."""
+    *history, row = history
     common.append_json_line(output / "metrics.jsonl", row)
     shown = {"score": "score", "true": "true_reward", "kl": "kl", "length": "response_length"}
     shown = {short: f"{row[key]:.2f}" for short, key in shown.items() if row[key] is not None}
@@ -713,6 +730,22 @@ def load_critic(cfg, reward, policy, tokenizer):
     return critic
 
 
+def load_models(cfg, tokenizer, device):
+    """policy, ref_policy, critic and reward, on the device; the reward may be a function."""
+    policy = common.load_causal_lm(cfg.policy, tokenizer, made_by="python sft.py")
+    common.set_generation_defaults(policy, tokenizer, cfg.temperature)
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    reward = load_reward(cfg, tokenizer)
+    critic = load_critic(cfg, reward, policy, tokenizer)
+    models = [policy, ref_policy, critic, reward]
+    for model in models if isinstance(reward, torch.nn.Module) else models[:3]:
+        model.to(device)
+    if cfg.gradient_checkpointing:
+        for model in (policy, critic) if cfg.critic == "separate" else (policy,):
+            common.enable_gradient_checkpointing(model)
+    return models
+
+
 def main(cfg):
     check_config(cfg)
     cfg = with_embedded_defaults(cfg)
@@ -727,18 +760,9 @@ def main(cfg):
     else:
         rows, eval_rows = common.hold_out(rows, 128, cfg.seed)
     judge = load_function(cfg.judge) if cfg.judge else None
-    policy = common.load_causal_lm(cfg.policy, tokenizer, made_by="python sft.py")
-    common.set_generation_defaults(policy, tokenizer, cfg.temperature)
+    policy, ref_policy, critic, reward = load_models(cfg, tokenizer, device)
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows) + cfg.response_length
     common.check_context(policy, longest, "--max-prompt-length or --response-length")
-    ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    reward = load_reward(cfg, tokenizer)
-    critic = load_critic(cfg, reward, policy, tokenizer)
-    for model in (policy, ref_policy, critic, reward):
-        model.to(device) if isinstance(model, torch.nn.Module) else None
-    if cfg.gradient_checkpointing:
-        for model in (policy, critic) if cfg.critic == "separate" else (policy,):
-            common.enable_gradient_checkpointing(model)
     lrs = [common.by_size(given, LR_BY_SIZE, policy) for given in (cfg.lr, cfg.critic_lr)]
     groups = [{"params": list(m.parameters()), "lr": lr} for m, lr in zip((policy, critic), lrs)]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)  # eps: Huang et al. 2024
@@ -758,8 +782,9 @@ def main(cfg):
         # 1. ROLLOUT     prompts (B, P) -> tokens, attention_mask (B, P+R), response_mask (B, R)
         clock = [common.now(device)]
         prompts = next(batches)
-        rollout = sample_responses(policy, prompts, cfg, device)
-        tokens, attention_mask, response_mask, ended = rollout
+        tokens, attention_mask, response_mask, ended = sample_responses(
+            policy, prompts, cfg, device
+        )
         responses = decode_responses(tokens, response_mask, tokenizer)
         num_columns = response_mask.shape[1]  # R
         clock.append(common.now(device))
@@ -773,20 +798,20 @@ def main(cfg):
             policy, critic, ref_policy, tokens, attention_mask, num_columns, cfg
         )
 
-        # 4. REWARDS     scores, logprobs -> kl, rewards (B, R)                               eq. 1
+        # 4. REWARDS     scores, logprobs -> kl, rewards (B, R)                             eq. 1
         kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # for KL(pi || pi_ref)
         rewards = kl_shaped_rewards(final_scores, kl, response_mask, kl_coef)
         clock.append(common.now(device))
 
-        # 5. ADVANTAGES  rewards, values -> advantages, returns, value_mask (B, R)            eqs. 2-3
+        # 5. ADVANTAGES  rewards, values -> advantages, returns, value_mask (B, R)          eqs. 2-3
         advantages, returns, value_mask = estimate_advantages(
             cfg.advantage, rewards, values, response_mask, cfg.gamma, cfg.lam
         )
-        whitened = whiten(advantages, response_mask)
 
-        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient      eqs. 4-7
+        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient    eqs. 4-7
         batch = Batch(
-            tokens, attention_mask, response_mask, value_mask, logprobs, values, whitened, returns
+            tokens, attention_mask, response_mask, value_mask, logprobs, values,
+            whiten(advantages, response_mask), returns,
         )
         steps, grad_norms = [], []
         for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs):
@@ -798,7 +823,7 @@ def main(cfg):
                     new_logprobs, new_values, new_entropy = forward_responses(
                         policy, critic, micro.tokens, micro.attention_mask, num_columns,
                         cfg.temperature, with_entropy=cfg.entropy_coef > 0,
-                    )  # fmt: skip
+                    )
                 # Indexing by a mask leaves a flat list of what counts: from here no padding exists.
                 at, at_v = micro.response_mask, micro.value_mask
                 policy_losses, ratio = policy_loss(
@@ -807,45 +832,39 @@ def main(cfg):
                 value_losses = value_loss(
                     new_values[at_v], micro.values[at_v], micro.returns[at_v], value_clip_eps
                 )
-                # eq. 7, as this micro-batch's share of the minibatch's means
-                loss = policy_losses.sum() / num_tokens
-                loss = loss + cfg.value_coef * value_losses.sum() / num_values
-                if cfg.entropy_coef > 0:
-                    loss = loss - cfg.entropy_coef * new_entropy[at].sum() / num_tokens
+                loss = total_loss(
+                    policy_losses, value_losses, new_entropy[at], num_tokens, num_values,
+                    cfg.value_coef, cfg.entropy_coef,
+                )
                 loss.backward()
                 steps[-1] += update_statistics(
                     policy_losses, value_losses, ratio, cfg.clip_eps, num_tokens, num_values
                 )
-            if cfg.target_kl is not None and steps[-1][APPROX_KL] > cfg.target_kl:
-                break  # far enough from pi_old: this gradient is not used, nor the epochs left
             norms = [clip_grad_norm_(m.parameters(), cfg.max_grad_norm) for m in (policy, critic)]
             grad_norms.append(norms)
+            if cfg.target_kl is not None and steps[-1][APPROX_KL] > cfg.target_kl:
+                break  # far enough from pi_old: without this step, and without the epochs left
             if all(norm.isfinite() for norm in norms):
                 optimizer.step()
         clock.append(common.now(device))
 
         # -- log, adapt beta, evaluate, save
         truths = call_reward(judge, prompts, responses) if judge else None
-        lr = schedule.get_last_lr()[0]
         row = metrics_row(
-            iteration, cfg, lr, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
+            iteration, cfg, schedule, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
             grad_norms, clock,
-        )  # fmt: skip
-        show_iteration(output, progress, row, history)
+        )
         history.append(row)
+        show_iteration(output, progress, history)
         schedule.step()
-        if cfg.kl_target is not None:
-            kl_coef = adapt_kl_coef(
-                kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon
-            )
+        kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
         is_last = iteration == cfg.iterations
-        if iteration % cfg.eval_every == 0 or is_last:
+        if is_last or iteration % cfg.eval_every == 0:
             samples = evaluate(policy, ref_policy, reward, judge, eval_rows, tokenizer, cfg, device)
             after = log_evaluation(output, iteration, samples, baseline)
-        if cfg.explain and (iteration == 1 or iteration % cfg.eval_every == 0 or is_last):
-            table = explain_response(tokenizer, batch, ref_logprobs, rewards, advantages)
-            progress.write(table)
-        if iteration % cfg.save_every == 0 or is_last:
+        if cfg.explain and (is_last or iteration == 1 or iteration % cfg.eval_every == 0):
+            progress.write(explain_response(tokenizer, batch, ref_logprobs, rewards, advantages))
+        if is_last or iteration % cfg.save_every == 0:
             save_checkpoint(output, policy, critic, tokenizer, cfg)
     print_result(before, after, baseline, samples, cfg.output)
 

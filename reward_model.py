@@ -81,7 +81,7 @@ def check_config(cfg):
         cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
         microbatch_size=(1, cfg.batch_size), lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
         max_grad_norm=(1e-9, math.inf),
-    )  # fmt: skip
+    )
 
 
 # === 1. Model: a causal LM's trunk and one number =================================================
@@ -158,7 +158,7 @@ def calibration(differences, num_bins=4):
 
 
 def held_out_metrics(raw_chosen, raw_rejected, pairs):
-    """The `eval` row of metrics.jsonl from raw scores: eq. 1 is about those, not the scaled ones."""
+    """The `eval` row of metrics.jsonl, from raw scores: eq. 1 is about those, not scaled ones."""
     right, two_sigma = accuracy(raw_chosen, raw_rejected)
     lengths = [torch.tensor([float(len(text)) for text in texts]) for texts in zip(*pairs)]
     return {
@@ -267,12 +267,13 @@ def main(cfg):
             row = {
                 "iteration": len(metrics) + 1,
                 "loss": loss,  # nats per pair; from about log 2 = 0.693 down
-                "accuracy": num_right / len(rows),  # in epoch 1 of pairs not seen before; up from 0.5
+                "accuracy": num_right / len(rows),  # of pairs not yet seen, in epoch 1; from 0.5 up
                 "grad_norm": grad_norm,  # before clipping; steady after the warm-up
                 "lr": lr,
             }
             metrics.append(row)
-            progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
+            shown = {key: f"{row[key]:.3f}" for key in ("loss", "accuracy")}
+            progress.set_postfix(shown, refresh=False)
             progress.update()
     progress.close()
 

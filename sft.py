@@ -6,7 +6,7 @@ Goal      maximise  E_{(x, y) ~ demonstrations}[ log pi(y | x) ]
 
 Shapes    B rows, T tokens of prompt and completion (padded on the right), V vocabulary.
 Time      logits[:, i] is the distribution of token i + 1. The loss shifts once, in completion_nll.
-Mask      completion_mask is True where a token is imitated: the completion and the EOS that ends it.
+Mask      completion_mask is True where a token is imitated: the completion and its EOS.
           Prompt tokens are read and never predicted: the policy is to answer, not to ask.
 EOS       It is learned like any other token. A policy that never learned to stop is the most common
           bad start for PPO: its responses are cut, and the scores of cut texts mean little.
@@ -16,8 +16,8 @@ Differs   The sum over a batch's tokens is divided once, by their number in the 
           A row that is too long is dropped and counted, not cut: cut texts teach never to end.
 
 Sources   Ouyang et al. 2022 (InstructGPT); Huang et al. 2024, "The N+ Implementation Details of
-          RLHF with PPO". The last one's settings for TL;DR summaries with 1 B parameters are a start
-          for a model of that size: --lr 3e-6 --epochs 1 --batch-size 128, cosine decay.
+          RLHF with PPO". The last one's settings for TL;DR summaries with 1 B parameters are a
+          start for a model of that size: --lr 3e-6 --epochs 1 --batch-size 128, cosine decay.
 
 Run       python sft.py                                            a tiny model from scratch, data/
           python sft.py --model Qwen/Qwen2.5-0.5B --data mine.jsonl --epochs 1
@@ -45,7 +45,7 @@ from common import arg
 @dataclass(frozen=True)
 class Config:
     model: str | None = arg(None, "causal LM; else a tiny Llama from scratch", "model and data")
-    data: str = arg(str(common.DATA / "demonstrations.jsonl"), "JSONL: prompt and completion, or text")
+    data: str = arg(str(common.DATA / "demonstrations.jsonl"), "JSONL: prompt, completion; or text")
     eval_data: str | None = arg(None, "held-out rows; else a tenth of --data, at most 512")
     output: str = arg("ckpt/sft", "folder for the trained policy")
     max_prompt_length: int = arg(512, "in tokens; rows above are dropped and counted")
@@ -76,7 +76,7 @@ def check_config(cfg):
         cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
         microbatch_size=(1, cfg.batch_size), lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
         max_grad_norm=(1e-9, math.inf),
-    )  # fmt: skip
+    )
 
 
 # === 1. Model: from a folder, or tiny and from scratch ============================================
@@ -88,7 +88,7 @@ def train_tokenizer(texts, vocab_size=1024):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<|pad|>", "<|end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     special = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}  # pad is not EOS
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
@@ -105,7 +105,7 @@ def tiny_llama(tokenizer, width=96):
         intermediate_size=256, max_position_embeddings=1024, tie_word_embeddings=True,
         initializer_range=width**-0.5, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval()
     common.set_generation_defaults(model, tokenizer)
     return model
@@ -149,7 +149,7 @@ def completion_nll(model, tokens, attention_mask, completion_mask):
     logits = model(
         input_ids=tokens, attention_mask=attention_mask, use_cache=False,
         position_ids=common.position_ids(attention_mask),
-    ).logits  # (B, T, V)  # fmt: skip
+    ).logits  # (B, T, V)
     # Position i predicts token i + 1: drop the last column of the logits and the first of the rest.
     is_target = completion_mask[:, 1:]
     predictions, targets = logits[:, :-1][is_target], tokens[:, 1:][is_target]  # (N, V), (N,)
@@ -177,7 +177,8 @@ def print_samples(model, tokenizer, examples, cfg, device):
         return
     tokens, mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))
     with common.arithmetic(device, cfg.dtype):
-        responses = common.generate_responses(model, tokens, mask, min(cfg.response_length, 64), 1.0)
+        length = min(cfg.response_length, 64)
+        responses = common.generate_responses(model, tokens, mask, length, temperature=1.0)
     for prompt_ids, response in zip(prompts, responses):
         print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
         print(f"    ->{tokenizer.decode(response, skip_special_tokens=True)}")
