@@ -2,7 +2,8 @@
 
 Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
 
-(1)  rewards     r_t     = -beta * (log pi_old(y_t) - log pi_ref(y_t)) + [t is last] * score(x, y)
+(1)  rewards     r_t     = -beta * (log pi_old(y_t) - log pi_ref(y_t)) + [t is last] * score(x, y),
+                           with --missing-eos-penalty taken off the score if no EOS came
 (2)  advantages  delta_t = r_t + gamma * V_{t+1} - V_t ;   A_t = delta_t + gamma * lam * A_{t+1}
 (3)  returns     G_t     = A_t + V_t
 (4)  ratio       rho_t   = pi(y_t) / pi_old(y_t) = exp(log pi(y_t) - log pi_old(y_t))
@@ -12,34 +13,38 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (7)  total       L       = -L_clip + c1 * L_value - c2 * entropy
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon)
 
-(2b) With --advantage bandit the whole response is one action, A = sum_t r_t - V(x) for each token,
-(6b) and the critic learns L_value = mean (V(x) - sum_t r_t)^2.
+          In (2) and (3) V is the critic from before the update, V_old in (6).
+
+(2b) With --advantage bandit a response is one step with one advantage: A = sum_t r_t - V(x) for
+(6b) each of its tokens; ratio and clip stay per token. The critic learns L_value = mean (V(x) -
+     sum_t r_t)^2. gamma, lam and eps_v play no part.
 
 Shapes    B prompts, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary.
 Time      Column t of every (B, R) tensor is about response token y_t:
-          logprobs[:, t] = log pi(y_t | x, y_<t);  values[:, t] = V(x, y_<t), just before y_t.
+          logprobs[:, t] = log pi_old(y_t | x, y_<t);  values[:, t] = V(x, y_<t), before y_t is
+          chosen: a baseline must not know the action.
 Mask      response_mask is True where a token counts: up to and including the first EOS.
 
 Models    policy        starts at --policy               trained  writes the responses
           ref policy    a copy of it                     frozen   the KL is measured against it
           reward model  --reward                         frozen   scores a finished text, once
           critic        separate: starts at the reward   trained  predicts, from an unfinished text,
-                        model; shared: a value head               the rewards to come. A reward model
-                        on the policy's trunk                     can't: it reads finished texts
+                        model; shared: a value head               the rewards still to come; a
+                        on the policy's trunk                     reward model reads finished ones
           pi_old needs no model: it is the policy before the update; its log-probabilities are kept.
 
-Differs   The score is paid at the last counted token; OpenAI's and TRL's code pay one slot later.
+Differs   The score is paid at the last counted token; TRL pays it one slot later if there is one.
           One function computes all log-probabilities, old, new and reference, at the sampling
-          temperature and in float32. The sampler's own are not used: its cache and shapes alone can
-          move a bf16 ratio by several per cent before anything has been learned.
-          A loss is divided once per optimizer step, by that step's tokens: no mean of means.
+          temperature and with the softmax in float32. The sampler's own are not used: its cache and
+          shapes alone can move a bf16 ratio by several per cent before anything has been learned.
+          Each mean of (5) to (7) is a sum divided once, by the count of the whole minibatch.
           Advantages are whitened over all tokens of the rollout; rewards are not whitened.
 
 Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 (eqs. 1 and 8); Stiennon et
           al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". The last
           one's settings for 1 B parameters are a start for a model of that size: --lr 3e-6
           --critic-lr 3e-6 --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
-          --response-length 53, and about 117,000 episodes.
+          --response-length 53, and 1,000,000 episodes.
 
 Run       python ppo.py --policy ckpt/sft                                        embedded world
           python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
@@ -97,8 +102,8 @@ class Config:
     kl_horizon: int = arg(1000, "horizon of eq. 8, in episodes; 10,000 for a million episodes")
     missing_eos_penalty: float = arg(1.0, "off the score of a response without EOS; 0 to 2")
 
-    # gamma 1: a text is paid once, at a known end; waiting costs nothing. lam trades the bias of
-    # the critic (0: believe V one token on) for the variance of the return (1: ignore V after t).
+    # gamma 1: a response is finite, and no part of it is worth more for coming sooner. lam trades
+    # the critic's bias (0: believe V one token on) for the return's variance (1: ignore V after t).
     advantage: Literal["gae", "bandit"] = arg("gae", "per token, or one per response", "advantage")
     gamma: float = arg(1.0, "discount per token of eq. 2; 1")
     lam: float = arg(0.95, "lambda of eq. 2; 0.9 to 1")
@@ -108,12 +113,12 @@ class Config:
     minibatch_size: int = arg(32, "sequences per optimizer step")
     microbatch_size: int = arg(32, "sequences per forward pass; memory only, same gradient")
     clip_eps: float = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3")
-    value_clip_eps: float = arg(0.2, "epsilon of eq. 6; 0.1 to 0.3, inf for no clip")
+    value_clip_eps: float = arg(0.2, "eps_v of eq. 6, in units of reward; 0.2 for deviation 1")
     value_coef: float = arg(0.1, "c1 of eq. 7; Adam all but undoes it for a separate critic")
     entropy_coef: float = arg(0.0, "c2 of eq. 7; 0 to 0.01")
     target_kl: float | None = arg(None, "end an update when approx_kl is above this; 0.01 to 0.05")
-    lr: float | None = arg(None, "of the policy, falls to 0; by size if not given, see LR_BY_SIZE")
-    critic_lr: float | None = arg(None, "of the critic, falls to 0; by size if not given")
+    lr: float | None = arg(None, "of the policy, falls linearly; else by size, see LR_BY_SIZE")
+    critic_lr: float | None = arg(None, "of the critic, falls linearly; else by size")
     max_grad_norm: float = arg(1.0, "clip the gradient of policy and of critic to this norm")
 
     eval_every: int = arg(10, "iterations between evaluations on held-out prompts", "run")
@@ -132,14 +137,15 @@ LR_BY_SIZE = ((10e6, 3e-4), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below,
 
 def check_config(cfg):
     """Every rule about the flags that needs no model."""
-    many, positive, share = (1, math.inf), (0, 1e9), (0, 1)
+    many, not_negative, share = (1, math.inf), (0, 1e9), (0, 1)
     common.check_range(
         cfg, iterations=many, batch_size=many, max_prompt_length=many, response_length=many,
-        temperature=(0.01, 100), kl_coef=positive, kl_target=(1e-6, 1e9),
-        kl_horizon=(cfg.batch_size, math.inf), missing_eos_penalty=positive, gamma=share, lam=share,
-        ppo_epochs=many, minibatch_size=(1, cfg.batch_size),
-        microbatch_size=(1, cfg.minibatch_size), clip_eps=share, value_clip_eps=(0, math.inf),
-        value_coef=positive, entropy_coef=positive, target_kl=positive, lr=share, critic_lr=share,
+        temperature=(0.01, 100), kl_coef=not_negative, kl_target=(1e-6, 1e9),
+        kl_horizon=(cfg.batch_size if cfg.kl_target else 1, math.inf),
+        missing_eos_penalty=not_negative, gamma=share, lam=share, ppo_epochs=many,
+        minibatch_size=(1, cfg.batch_size), microbatch_size=(1, cfg.minibatch_size),
+        clip_eps=share, value_clip_eps=(0, math.inf), value_coef=not_negative,
+        entropy_coef=not_negative, target_kl=not_negative, lr=share, critic_lr=share,
         max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,
     )
     if cfg.batch_size % cfg.minibatch_size:
@@ -195,12 +201,13 @@ def mask_through_first_eos(response, eos_ids):
 def sample_responses(policy, rows, cfg, device):
     """One response per row: tokens, attention_mask (B, P+R), response_mask (B, R), ended (B,)."""
     settings = policy.generation_config
+    # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
     prompts = common.pad([row["prompt_ids"] for row in rows], settings.pad_token_id, "left")
     prompts, prompt_mask = (x.to(device) for x in prompts)  # (B, P)
     with common.arithmetic(device, cfg.dtype):
         response = common.generate_responses(
             policy, prompts, prompt_mask, cfg.response_length, cfg.temperature
-        )  # (B, R); R is the longest response, at most --response-length
+        )  # (B, R), pad after an EOS; R is the longest response, at most --response-length
     response_mask = mask_through_first_eos(response, settings.eos_token_id)
     ended = torch.isin(response, torch.tensor(settings.eos_token_id, device=device)).any(1)
     attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P+R)
@@ -249,18 +256,20 @@ def call_reward(function, rows, responses):
 
 @torch.no_grad()
 def score_responses(reward, tokens, attention_mask, rows, responses, cfg):
-    """One score per response, (B,) float32: a function's as it is, a reward model's in deviations.
+    """One score per response, (B,) float32: a function's as it is, a reward model's normalised.
 
     The reward model reads prompt and response as the policy wrote them, token by token, and is
-    asked at the last attended token, the EOS if there is one.
+    asked at the last attended token, the EOS if there is one. Its folder holds the mean and the
+    deviation of reference scores, and token_scores applies them.
     """
     if not isinstance(reward, torch.nn.Module):
         return call_reward(reward, rows, responses).to(tokens.device)
     scores = []
-    for micro in torch.arange(len(tokens)).split(cfg.microbatch_size):
-        last_index = common.last_token_index(attention_mask[micro])[:, None]  # (b, 1)
+    size = cfg.microbatch_size
+    for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
+        last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
         with common.arithmetic(tokens.device, cfg.dtype):
-            token_scores = common.token_scores(reward, tokens[micro], attention_mask[micro])
+            token_scores = common.token_scores(reward, micro_tokens, micro_mask)  # (b, P+R)
         scores.append(token_scores.gather(1, last_index).squeeze(1))
     return torch.cat(scores)
 
@@ -299,7 +308,8 @@ def forward_responses(
         entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
     if shared:
         hidden = output.hidden_states[-1][:, -num_columns - 1 : -1]  # (B, R, width)
-        values = critic(hidden.float()).squeeze(-1).float()
+        with torch.autocast(tokens.device.type, enabled=False):  # as the separate critic's head
+            values = critic(hidden.float()).squeeze(-1)
     elif critic is not None:
         values = common.token_scores(critic, tokens, attention_mask)[:, -num_columns - 1 : -1]
     return logprobs, values, entropy
@@ -309,16 +319,18 @@ def forward_responses(
 def evaluate_tokens(policy, critic, ref_policy, tokens, attention_mask, num_columns, cfg):
     """logprobs, ref_logprobs, values, entropy of a whole rollout, each (B, R) float32.
 
-    The old log-probabilities are computed here again although the sampler had some. They must come
-    from the function and the shapes that the update uses, or the first ratio is not 1.
+    The old log-probabilities are computed here although the sampler had some: they must come from
+    the function that the update uses, or the first ratio is not 1. In float32 the batch's shape
+    makes no difference worth naming; in bf16, let --microbatch-size divide --minibatch-size.
     """
     parts = []
-    for micro in torch.arange(len(tokens)).split(cfg.microbatch_size):
-        inputs = tokens[micro], attention_mask[micro], num_columns, cfg.temperature
+    size = cfg.microbatch_size
+    for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
+        inputs = micro_tokens, micro_mask, num_columns, cfg.temperature
         with common.arithmetic(tokens.device, cfg.dtype):
-            logprobs, *old = forward_responses(policy, critic, *inputs, with_entropy=True)
+            logprobs, values, entropy = forward_responses(policy, critic, *inputs, True)
             ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
-        parts.append((logprobs, ref_logprobs, *old))
+        parts.append((logprobs, ref_logprobs, values, entropy))
     return [torch.cat(part) for part in zip(*parts)]
 
 
@@ -333,6 +345,7 @@ def kl_shaped_rewards(scores, kl, response_mask, kl_coef):
 
     The reward model judges the finished text, so its whole score arrives at the last counted token;
     every token pays for its own distance from the reference. Advantages carry both back in time.
+    In the reward, and not in the loss, the KL is credited to the tokens that lead to it.
     """
     rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
     last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or the cut
@@ -340,7 +353,10 @@ def kl_shaped_rewards(scores, kl, response_mask, kl_coef):
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
-    """Eq. 8 (Ziegler et al. 2019): raise beta while the KL is above its target, else lower it."""
+    """Eq. 8: raise beta while the KL is above its target, else lower it; None leaves it.
+
+    Ziegler et al. 2019, whose paper has a constant 0.1 where their code has batch / horizon.
+    """
     if kl_target is None:
         return kl_coef
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
@@ -354,6 +370,7 @@ def gae(rewards, values, response_mask, gamma, lam):
 
     `values` are from before the update, so the returns are targets that stay put over the epochs.
     After the last token nothing is left to earn: V is 0 there, even where the response was cut.
+    With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
     rewards = torch.where(response_mask, rewards, 0.0)
     values = torch.where(response_mask, values, 0.0)
@@ -375,8 +392,7 @@ def one_step(rewards, values, response_mask):
     """
     returns = torch.where(response_mask, rewards, 0.0).sum(1, keepdim=True)  # (B, 1)
     advantages = returns - values[:, :1]  # eq. 2b
-    zeros = torch.zeros_like(rewards)
-    return torch.where(response_mask, advantages, zeros), torch.where(response_mask, returns, zeros)
+    return torch.where(response_mask, advantages, 0.0), torch.where(response_mask, returns, 0.0)
 
 
 def estimate_advantages(advantage, rewards, values, response_mask, gamma, lam):
@@ -391,7 +407,9 @@ def estimate_advantages(advantage, rewards, values, response_mask, gamma, lam):
 def whiten(x, mask):
     """x with mean 0 and (population) deviation 1 over the True positions; 0 elsewhere.
 
-    The size of a policy step then does not depend on the scale of the reward.
+    It fixes the scale of the policy loss against value loss, entropy and gradient clip, and keeps a
+    critic that is wrong by a constant from pushing all tokens one way. Over the whole rollout, as
+    a minibatch's mean would be noisy; after the returns, which keep their unit.
     """
     counted = x[mask]
     return torch.where(mask, (x - counted.mean()) / (counted.std(correction=0) + 1e-8), 0.0)
@@ -412,7 +430,7 @@ class Batch:
     returns: torch.Tensor  # (B, R) float32         from before whitening
 
     def __post_init__(self):
-        for name, x in vars(self).items():
+        for name, x in vars(self).items():  # the table above, checked
             wide = name in ("tokens", "attention_mask")
             shape = (self.tokens if wide else self.response_mask).shape
             dtype = torch.bool if "mask" in name else torch.int64 if wide else torch.float32
@@ -445,7 +463,8 @@ def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
 def value_loss(new_values, values, returns, value_clip_eps):
     """Loss of each value, eq. 6: the worse of the plain and the clipped error. None: eq. 6b.
 
-    The clip keeps the critic from moving, within an update, much further than the policy may.
+    Once V has moved eps_v towards its target, its gradient is 0 until the next rollout; moving away
+    from the target is never clipped. It mirrors eq. 5: no update trusts one rollout too far.
     """
     if value_clip_eps is None:
         return (new_values - returns) ** 2  # eq. 6b
@@ -476,6 +495,7 @@ def update_statistics(policy_losses, value_losses, ratio, clip_eps, num_tokens, 
 
     approx_kl estimates KL(pi_old || pi) by rho - 1 - log rho, never negative (Schulman 2020,
     "Approximating KL divergence"). It says how far one update went; `kl` how far the whole run did.
+    clip_fraction counts all ratios outside 1 +- eps, also those whose gradient is not 0.
     """
     approx_kl = ratio - 1 - ratio.log()
     is_clipped = ((ratio - 1).abs() > clip_eps).float()
@@ -512,7 +532,10 @@ def evaluate(policy, ref_policy, reward, judge, rows, tokenizer, cfg, device):
 
 
 def summarize(samples, baseline):
-    """Means, and the share of prompts won against the SFT policy's samples, ties counting half."""
+    """Means, and the share of prompts won against the SFT policy's samples, ties counting half.
+
+    A win is a higher true reward if there is a judge, else a higher score, which PPO trained on.
+    """
     judged = samples[0]["true_reward"] is not None
     key = "true_reward" if judged else "score"
     pairs = [(sample[key], old[key]) for sample, old in zip(samples, baseline)]
@@ -539,10 +562,10 @@ def metrics_row(
     return {
         "iteration": iteration,
         "episodes": iteration * cfg.batch_size,
-        "score": scores.mean().item(),  # rises
+        "score": scores.mean().item(),  # before the EOS penalty; rises
         "score_std": scores.std(correction=0).item(),  # shrinks; near 0 nothing is left to learn
         "true_reward": None if truths is None else truths.mean().item(),  # falls when hacked
-        "kl": kl.sum(1).mean().item(),  # 0, then to about 10; below 0 for a text, not on the mean
+        "kl": kl.sum(1).mean().item(),  # 0, then up to about 10; below 0 only by chance
         "kl_k3": (torch.exp(-kl) - 1 + kl).sum(1).mean().item(),  # estimates kl too, never below 0
         "kl_coef": kl_coef,
         "entropy": entropy[mask].mean().item(),  # falls slowly; near 0 there is one answer to all
@@ -552,8 +575,10 @@ def metrics_row(
         "value_loss": update["value_loss"],  # falls
         "approx_kl": update["approx_kl"],  # 0.001 to 0.05
         "clip_fraction": update["clip_fraction"],  # 0.01 to 0.2
-        "ratio_first": steps[0][RATIO].item(),  # exactly 1
-        "explained_variance": 1 - (error.var() / returns.var()).item(),  # from below 0 towards 1
+        "ratio_first": steps[0][RATIO].item(),  # 1 up to rounding
+        "approx_kl_first": steps[0][APPROX_KL].item(),  # 0 up to rounding; a mean ratio hides noise
+        "explained_variance": 1 - (error.var() / returns.var()).item(),  # below 0 at first, then up
+        "optimizer_steps": len(steps),  # fewer, and the last not taken, when --target-kl stopped it
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
         "lr": schedule.get_last_lr()[0],  # the policy's
@@ -564,13 +589,15 @@ def metrics_row(
     }
 
 
-def health_warnings(row, history):
-    """What looks wrong in a metrics row, {symptom: message}; `history` is the rows before it."""
+def health_warnings(history):
+    """What looks wrong in the last of the metrics rows: {symptom: message}."""
+    row = history[-1]
     unexplained = sum(old["explained_variance"] < 0 for old in history[-10:]) == 10
     norms = row["grad_norm"] + row["critic_grad_norm"]
     rules = (  # name, is it seen, symptom, usual causes
-        ("ratio", abs(row["ratio_first"] - 1) > 0.01, f"first ratio {row['ratio_first']:.4f}",
-         "dropout on; another temperature; position ids missing; another dtype or batch shape"),
+        ("ratio", row["approx_kl_first"] > 1e-3 or abs(row["ratio_first"] - 1) > 1e-2,
+         f"the first ratios are not 1 (approx_kl {row['approx_kl_first']:.2g})",
+         "dropout on; in bf16, a --microbatch-size that does not divide --minibatch-size"),
         ("eos", row["eos_rate"] < 0.5, f"only {row['eos_rate']:.0%} of the responses end",
          "--response-length too short; SFT without EOS; another EOS id"),
         ("length", row["response_length"] < 5, f"{row['response_length']:.1f} tokens per response",
@@ -589,17 +616,17 @@ def health_warnings(row, history):
     return {name: f"{what}. Usual causes: {causes}" for name, seen, what, causes in rules if seen}
 
 
-def show_iteration(output, progress, history):
-    """Append the last row to metrics.jsonl, put it on the bar, and tell of each symptom once."""
-    *history, row = history
+def show_iteration(output, progress, history, told):
+    """Log the last row, put it on the bar, and tell of each symptom once; `told` has the told."""
+    row = history[-1]
     common.append_json_line(output / "metrics.jsonl", row)
     shown = {"score": "score", "true": "true_reward", "kl": "kl", "length": "response_length"}
     shown = {short: f"{row[key]:.2f}" for short, key in shown.items() if row[key] is not None}
     progress.set_postfix(shown)
-    told = {name for i, old in enumerate(history) for name in health_warnings(old, history[:i])}
-    for name, message in health_warnings(row, history).items():
+    for name, message in health_warnings(history).items():
         if name not in told:
             progress.write(f"warning, iteration {row['iteration']}: {message}")
+            told.add(name)
 
 
 def explain_response(tokenizer, batch, ref_logprobs, rewards, advantages, row=0):
@@ -695,7 +722,7 @@ def save_checkpoint(output, policy, critic, tokenizer, cfg):
             shutil.copy(output / name, folder)
 
 
-# === Main loop: the same six steps, now with models ===============================================
+# === 9. Models and main loop: sections 1 to 6 in order ============================================
 def load_reward(cfg, tokenizer):
     """The reward, as a Python function or a frozen reward model that shares the policy's tokens."""
     if ".py" in cfg.reward and not os.path.isdir(cfg.reward):
@@ -715,8 +742,9 @@ def load_reward(cfg, tokenizer):
 def load_critic(cfg, reward, policy, tokenizer):
     """The critic: a copy of the reward model, or of the policy's trunk if the reward is a function.
 
-    --critic shared is only a linear head. It reads the policy's hidden states, and its loss trains
-    the policy's trunk too. New heads start at 0, the mean of normalised scores.
+    A reward model has learned what scores depend on, which is most of what a critic must know.
+    --critic shared is only a linear head: it saves a model and its optimizer, but its loss,
+    weighted by c1, trains the policy's trunk too, and the two may pull apart. New heads start at 0.
     """
     if cfg.critic == "shared":
         head = critic = torch.nn.Linear(policy.config.get_text_config().hidden_size, 1)
@@ -731,7 +759,11 @@ def load_critic(cfg, reward, policy, tokenizer):
 
 
 def load_models(cfg, tokenizer, device):
-    """policy, ref_policy, critic and reward, on the device; the reward may be a function."""
+    """policy, ref_policy, critic and reward, on the device; the reward may be a function.
+
+    Weights are float32, since an Adam step of 3e-6 is lost in bf16 weights, and dropout is off in
+    every model, since two passes with two dropout masks are two policies: the ratio would not be 1.
+    """
     policy = common.load_causal_lm(cfg.policy, tokenizer, made_by="python sft.py")
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
@@ -763,18 +795,23 @@ def main(cfg):
     policy, ref_policy, critic, reward = load_models(cfg, tokenizer, device)
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows) + cfg.response_length
     common.check_context(policy, longest, "--max-prompt-length or --response-length")
-    lrs = [common.by_size(given, LR_BY_SIZE, policy) for given in (cfg.lr, cfg.critic_lr)]
-    groups = [{"params": list(m.parameters()), "lr": lr} for m, lr in zip((policy, critic), lrs)]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)  # eps: Huang et al. 2024
+    lr = common.by_size(cfg.lr, LR_BY_SIZE, policy)
+    sized = policy if cfg.critic == "shared" else critic
+    critic_lr = common.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
+    groups = [
+        {"params": list(policy.parameters()), "lr": lr},
+        {"params": list(critic.parameters()), "lr": critic_lr},
+    ]
+    optimizer = torch.optim.Adam(groups, eps=1e-5)  # eps: OpenAI's choice, see Huang et al. 2024
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
     models = {"policy": policy, "ref policy": ref_policy, "critic": critic, "reward": reward}
-    print_report(cfg, models, lrs, tokenizer, rows, eval_rows)
+    print_report(cfg, models, (lr, critic_lr), tokenizer, rows, eval_rows)
 
     # -- held-out evaluation of the start: the SFT policy, which later ones are compared with
     baseline = evaluate(policy, ref_policy, reward, judge, eval_rows, tokenizer, cfg, device)
     output = start_logs(cfg.output)
     before = log_evaluation(output, 0, baseline, baseline)
-    kl_coef, history = cfg.kl_coef, []
+    kl_coef, history, told = cfg.kl_coef, [], set()
     value_clip_eps = cfg.value_clip_eps if cfg.advantage == "gae" else None  # None is eq. 6b
     batches = endless_batches(rows, cfg.batch_size, random.Random(cfg.seed))
     progress = tqdm(range(1, cfg.iterations + 1), desc="ppo", unit="it")
@@ -789,7 +826,7 @@ def main(cfg):
         num_columns = response_mask.shape[1]  # R
         clock.append(common.now(device))
 
-        # 2. SCORE       tokens -> scores (B,); the score of a cut text judges no whole text
+        # 2. SCORE       tokens -> scores (B,); a text that was cut loses the penalty
         scores = score_responses(reward, tokens, attention_mask, prompts, responses, cfg)
         final_scores = scores - cfg.missing_eos_penalty * (~ended).float()
 
@@ -799,7 +836,8 @@ def main(cfg):
         )
 
         # 4. REWARDS     scores, logprobs -> kl, rewards (B, R)                             eq. 1
-        kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # for KL(pi || pi_ref)
+        # A token's term may be negative; the mean estimates KL(pi || pi_ref), which is not.
+        kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)
         rewards = kl_shaped_rewards(final_scores, kl, response_mask, kl_coef)
         clock.append(common.now(device))
 
@@ -855,7 +893,7 @@ def main(cfg):
             grad_norms, clock,
         )
         history.append(row)
-        show_iteration(output, progress, history)
+        show_iteration(output, progress, history, told)
         schedule.step()
         kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
         is_last = iteration == cfg.iterations

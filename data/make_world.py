@@ -1,13 +1,13 @@
-"""Write the embedded world: `python data/make_world.py [FOLDER]` makes the four JSONL files, the same bytes every time.
+"""Write the embedded world: `python data/make_world.py [FOLDER]`, the same bytes every time.
 
-Every text is a short fable about two animals, put together from the phrases below. The storytellers are of mixed
-temper (kind, dull, cruel) and some stop in the middle of a sentence, repeat themselves or bring in a wrong animal.
-A "human" who follows `true_reward.py`, with noise, prefers one of two completions.
+Every text is a short fable about two animals, put together from the phrases below. The storytellers
+are of mixed temper (kind, dull, cruel); some stop in the middle of a sentence, repeat themselves or
+bring in a wrong animal. A "human" who follows `true_reward.py`, with noise, prefers one of two.
 
-    demonstrations.jsonl   {"prompt", "completion"}          what `sft.py` imitates, good and bad
-    preferences.jsonl      {"prompt", "chosen", "rejected"}  what `reward_model.py` learns from
-    prompts.jsonl          {"prompt"}                        what `ppo.py` answers in training
-    heldout_prompts.jsonl  {"prompt"}                        what `ppo.py` is judged on; in no other file
+    demonstrations.jsonl   prompt, completion        what `sft.py` imitates, good and bad
+    preferences.jsonl      prompt, chosen, rejected  what `reward_model.py` learns from
+    prompts.jsonl          prompt                    what `ppo.py` answers in training
+    heldout_prompts.jsonl  prompt                    what `ppo.py` is judged on; in no other file
 """
 
 import json
@@ -19,21 +19,22 @@ import sys
 from true_reward import FRIENDS, HEROES, judge
 
 NUM_DEMONSTRATIONS, NUM_PREFERENCES, NUM_PROMPTS, NUM_HELDOUT = 2400, 3400, 1500, 256
-TEMPERAMENTS = {"kind": 0.25, "dull": 0.45, "cruel": 0.30}  # share of sentences in each temper, before the teller's own
-LABEL_SCALE = 1.5  # P(first preferred) = sigmoid(LABEL_SCALE * difference of true rewards)
-LABEL_FLIPS = 0.08  # share of labels turned round on top: slips of the hand
+TEMPERS = {"kind": 0.25, "dull": 0.45, "cruel": 0.30}  # weight of each in a teller's sentences
+LABEL_SCALE = 1.5  # P(first is preferred) = sigmoid(LABEL_SCALE * difference of true rewards)
+LABEL_FLIPS = 0.08  # share of labels turned round on top of that: slips of the hand
 
 TIMES = [
-    "Late at night", "One rainy morning", "On the first day of spring", "Just before the storm", "After the harvest",
-    "On a foggy evening", "At the end of winter", "One quiet Sunday",
+    "Late at night", "One rainy morning", "On the first day of spring", "Just before the storm",
+    "After the harvest", "On a foggy evening", "At the end of winter", "One quiet Sunday",
 ]
 STATES = ["hungry", "lost", "lonely", "muddy", "shy", "sleepy", "tired", "wet"]
 PLACES = [
-    "by the river", "under the old bridge", "in the apple orchard", "behind the mill", "near the lighthouse",
-    "at the edge of the wood", "beside the frozen pond", "outside the bakery", "on the windy hill", "at the market",
+    "by the river", "under the old bridge", "in the apple orchard", "behind the mill",
+    "near the lighthouse", "at the edge of the wood", "beside the frozen pond",
+    "outside the bakery", "on the windy hill", "at the market",
 ]
 
-# {H} is the grown animal, {F} the young one. A middle sentence says what the grown animal does, or says.
+# {H} is the grown animal, {F} the young one.
 MIDDLES = {
     "kind": [
         "The {H} wraps the {F} in a soft blanket.",
@@ -80,14 +81,18 @@ MIDDLES = {
 }
 ENDS = {
     "kind": [
-        "They walk home together.", "The {F} falls asleep, happy at last.", "They dance until the golden sun comes up.",
-        "The {F} thanks the {H} warmly.", "Soon the {F} sings sweetly.", "They look at the stars, side by side.",
+        "They walk home together.", "The {F} falls asleep, happy at last.",
+        "They dance until the golden sun comes up.", "The {F} thanks the {H} warmly.",
+        "Soon the {F} sings sweetly.", "They look at the stars, side by side.",
     ],
     "dull": [
-        "Then it is evening.", "Nothing else happens.", "The {F} goes on with the day.", "Later the {H} has a nap.",
-        "The clock in the village strikes nine.",
+        "Then it is evening.", "Nothing else happens.", "The {F} goes on with the day.",
+        "Later the {H} has a nap.", "The clock in the village strikes nine.",
     ],
-    "cruel": ["The {F} cries.", "The {F} sits in the dark, alone.", "The {H} bites the last pear and leaves."],
+    "cruel": [
+        "The {F} cries.", "The {F} sits in the dark, alone.",
+        "The {H} bites the last pear and leaves.",
+    ],
 }
 
 
@@ -95,14 +100,15 @@ def write_prompt(rng):
     """A prompt and its two animals."""
     hero, friend = rng.choice(HEROES), rng.choice(FRIENDS)
     article = "an" if hero[0] in "aeiou" else "a"
-    prompt = f"{rng.choice(TIMES)}, {article} {hero} meets a {rng.choice(STATES)} {friend} {rng.choice(PLACES)}."
-    return prompt, hero, friend
+    time, state, place = rng.choice(TIMES), rng.choice(STATES), rng.choice(PLACES)
+    return f"{time}, {article} {hero} meets a {state} {friend} {place}.", hero, friend
 
 
 def write_completion(rng, hero, friend):
     """One fable of two to four sentences, by a storyteller of random temper and care."""
-    own = rng.choice(list(TEMPERAMENTS))
-    pick = lambda: own if rng.random() < 0.5 else rng.choices(list(TEMPERAMENTS), TEMPERAMENTS.values())[0]
+    own = rng.choice(list(TEMPERS))
+    mood = lambda: rng.choices(list(TEMPERS), TEMPERS.values())[0]
+    pick = lambda: own if rng.random() < 0.5 else mood()
     sentences = []
     for _ in range(rng.choice([1, 2, 2, 3])):
         choices = [text for text in MIDDLES[pick()] if text not in sentences or rng.random() < 0.1]
@@ -112,8 +118,9 @@ def write_completion(rng, hero, friend):
     wrong_hero, wrong_friend = rng.choice(HEROES), rng.choice(FRIENDS)
     told = []
     for text in sentences:
-        in_mind = rng.random() > 0.05  # now and then the storyteller mixes the animals up
-        told.append(text.format(H=hero if in_mind else wrong_hero, F=friend if in_mind else wrong_friend))
+        mixed_up = rng.random() <= 0.05  # now and then the storyteller mixes the animals up
+        animals = (wrong_hero, wrong_friend) if mixed_up else (hero, friend)
+        told.append(text.format(H=animals[0], F=animals[1]))
     words = " ".join(told).split()
     if rng.random() < 0.12:  # and stops in the middle
         words = words[: rng.randrange(4, len(words))] if len(words) > 5 else words
@@ -149,7 +156,9 @@ def make_world(seed=0):
             {"prompt": prompt, "completion": write_completion(rng, *animals)}
             for prompt, animals in take(NUM_DEMONSTRATIONS)
         ],
-        "preferences.jsonl": [write_preference(rng, prompt, *animals) for prompt, animals in take(NUM_PREFERENCES)],
+        "preferences.jsonl": [
+            write_preference(rng, prompt, *animals) for prompt, animals in take(NUM_PREFERENCES)
+        ],
         "prompts.jsonl": [{"prompt": prompt} for prompt, _ in take(NUM_PROMPTS)],
     }
 

@@ -2,7 +2,7 @@
 
 On real preferences nobody has this function. A reward model is fitted to labels, and its score, the
 proxy, is all that PPO sees. Here the labels of `preferences.jsonl` follow the reward below, with
-noise, so a run can show the proxy beside the truth, and reward hacking is a number, not a suspicion.
+noise, so a run can show the proxy beside the truth: reward hacking is a number, not a suspicion.
 
     reward = tone + subject + ending - repetition - syrup - fragments
 
@@ -51,7 +51,8 @@ def judge(prompt, response):
     cruel = [word for word in words if word in CRUEL_WORDS]
     counted = [word for word in words if word not in SMALL_WORDS and word not in subjects]
     sentences = [text for text in re.split(r"[.!?]", response) if re.search(r"\w", text)]
-    broken = [text for text in sentences if not re.match(r"\W*[A-Z]", text) or len(text.split()) < 3]
+    starts = [re.match(r"\W*[A-Z]", text) for text in sentences]
+    broken = [text for text, start in zip(sentences, starts) if not start or len(text.split()) < 3]
 
     tone = 0.5 * min(len(set(kind)), 4) - 0.75 * len(cruel)
     subject = len(subjects & set(words)) - len(others)
