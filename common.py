@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import time
+import warnings
 
 import huggingface_hub
 import torch
@@ -36,6 +37,7 @@ class UserError(Exception):
 @contextlib.contextmanager
 def command_line():
     """Run a stage as a command: quiet libraries, and one line in place of a traceback."""
+    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
@@ -417,7 +419,10 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
         eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id,
     )
+    training = model.training
+    model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     tokens = model.generate(prompts, attention_mask=prompt_mask, generation_config=sampling)
+    model.train(training)
     return tokens[:, prompts.shape[1] :]
 
 

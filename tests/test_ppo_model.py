@@ -1,0 +1,305 @@
+"""Invariants of ppo.py with real (tiny, random) models: log-probabilities, masks, the update."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import read_rows, tiny_lm, tiny_scalar, write_rows
+
+import common
+import ppo
+
+EOS, PAD = 1, 0
+KINDS = list(itertools.product(["separate", "shared"], ["gae", "bandit"]))
+
+
+def shared_head(seed=3):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(16, 1)
+
+
+def left_padded(prompts):
+    return common.pad(prompts, PAD, "left")
+
+
+def a_rollout(policy, num_rows=6, response_length=7):
+    """Sampled responses to prompts of unequal length: tokens, attention_mask, response_mask."""
+    torch.manual_seed(1)
+    prompts, prompt_mask = left_padded([[5] * (1 + row % 3) + [6] for row in range(num_rows)])
+    response = common.generate_responses(policy, prompts, prompt_mask, response_length, 1.0)
+    response_mask = ppo.mask_through_first_eos(response, [EOS])
+    return torch.cat([prompts, response], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
+
+
+def test_logprobs_are_those_of_the_unpadded_sequence_one_token_at_a_time():
+    policy, temperature = tiny_lm(), 0.7
+    tokens, attention_mask, response_mask = a_rollout(policy)
+    num_columns = response_mask.shape[1]
+    logprobs, _, entropy = ppo.forward_responses(policy, None, tokens, attention_mask, num_columns, temperature, True)
+    for row in range(len(tokens)):
+        ids = tokens[row][attention_mask[row]]  # no padding, default position ids
+        num_prompt = len(ids) - response_mask[row].sum()
+        distributions = (policy(ids[None]).logits[0].double() / temperature).log_softmax(-1)
+        for t in range(int(response_mask[row].sum())):
+            before = distributions[num_prompt + t - 1]  # what the model said just before y_t
+            assert abs(logprobs[row, t].item() - before[ids[num_prompt + t]].item()) < 1e-5
+            assert abs(entropy[row, t].item() + (before.exp() * before).sum().item()) < 1e-5
+
+
+@pytest.mark.parametrize("critic_kind", ["separate", "shared"])
+def test_values_read_the_prefix_before_their_token_and_nothing_after(critic_kind):
+    policy, critic = tiny_lm(), tiny_scalar(5) if critic_kind == "separate" else shared_head()
+    tokens, attention_mask, response_mask = a_rollout(policy)
+    num_columns = response_mask.shape[1]
+    _, values, _ = ppo.forward_responses(policy, critic, tokens, attention_mask, num_columns, 1.0)
+    for row, t in itertools.product(range(len(tokens)), range(num_columns)):
+        if not response_mask[row, t]:
+            continue
+        prefix = tokens[row, : tokens.shape[1] - num_columns + t]  # x, y_<t
+        prefix = prefix[attention_mask[row, : len(prefix)]][None]
+        if critic_kind == "separate":
+            alone = (critic.score(critic.model(prefix).last_hidden_state[0, -1]).item() - 0.25) / 2.0
+        else:
+            alone = critic(policy.model(prefix).last_hidden_state[0, -1]).item()
+        assert abs(values[row, t].item() - alone) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_sampled_tokens_follow_the_distribution_that_is_scored(temperature):
+    """Each of the 5 first tokens' counts in 4,000 samples lies within 5 sigma (false alarm < 1e-5)."""
+    policy, number = tiny_lm(vocab_size=5), 4000
+    prompt, mask = left_padded([[3, 4], [4]])
+    for row in range(2):
+        torch.manual_seed(row)
+        prompts, prompt_mask = (x[row : row + 1].expand(number, -1) for x in (prompt, mask))
+        first = common.generate_responses(policy, prompts, prompt_mask, 1, temperature)[:, 0]
+        candidates = torch.cat([prompt[row].expand(5, -1), torch.arange(5)[:, None]], 1)
+        everything = torch.cat([mask[row].expand(5, -1), torch.ones(5, 1).bool()], 1)
+        p = ppo.forward_responses(policy, None, candidates, everything, 1, temperature)[0][:, 0].exp()
+        assert abs(p.sum().item() - 1) < 1e-5
+        sigma = (number * p * (1 - p)).sqrt()
+        assert ((torch.bincount(first, minlength=5) - number * p).abs() < 5 * sigma + 1).all()
+
+
+def test_kl_and_k3_have_the_exact_kl_as_their_mean_over_all_responses():
+    """All responses of up to 3 tokens from a vocabulary of 4, each weighed by its probability."""
+    policy, ref_policy = tiny_lm(0, vocab_size=4), tiny_lm(9, vocab_size=4)
+    responses = torch.tensor([y for y in itertools.product(range(4), repeat=3)])
+    mask = ppo.mask_through_first_eos(responses, [EOS])
+    is_canonical = ((responses == PAD) | mask).all(1)  # one way to fill up after an EOS
+    responses, mask = responses[is_canonical], mask[is_canonical]
+    tokens = torch.cat([torch.full((len(responses), 2), 3), responses], 1)
+    attention = torch.cat([torch.ones(len(responses), 2).bool(), mask], 1)
+    logprobs, ref_logprobs = (
+        ppo.forward_responses(m, None, tokens, attention, 3, 1.0)[0].double() for m in (policy, ref_policy)
+    )
+    weight = torch.where(mask, logprobs, 0.0).sum(1).exp()
+    assert abs(weight.sum().item() - 1) < 1e-5
+
+    # The oracle: chain rule over prefixes, each with the KL of its two next-token distributions.
+    def exact(prefix, depth):
+        if depth == 3:
+            return 0.0
+        p, q = (m(torch.tensor([prefix])).logits[0, -1].double().softmax(-1) for m in (policy, ref_policy))
+        here = (p * (p / q).log()).sum().item()
+        return here + sum(p[i].item() * exact(prefix + [i], depth + 1) for i in range(4) if i != EOS)
+
+    kl = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    k3 = torch.exp(-kl) - 1 + kl
+    true_kl = exact([3, 3], 0)
+    assert true_kl > 0.1
+    assert abs((weight * kl.sum(1)).sum().item() - true_kl) < 1e-4
+    assert abs((weight * k3.sum(1)).sum().item() - true_kl) < 1e-4
+
+
+@pytest.mark.parametrize("critic_kind", ["separate", "shared"])
+@pytest.mark.parametrize("advantage", ["gae", "bandit"])
+def test_junk_in_masked_slots_leaves_loss_and_gradients_bit_identical(critic_kind, advantage):
+    results = []
+    for poison in (False, True):
+        policy, critic = tiny_lm(), tiny_scalar(5) if critic_kind == "separate" else shared_head()
+        tokens, attention_mask, response_mask = a_rollout(policy)
+        assert not attention_mask[:, 0].all() and not response_mask.all()  # both paddings occur
+        num_columns = response_mask.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        rewards, values, logprobs = (torch.randn(response_mask.shape, generator=generator) for _ in range(3))
+        junk = torch.tensor(float("nan"))
+        if poison:
+            tokens = torch.where(attention_mask, tokens, 7)
+            values, logprobs = (torch.where(response_mask, x, junk) for x in (values, logprobs))
+        rewards = torch.where(response_mask, rewards, 0.0)
+        advantages, returns, value_mask = ppo.estimate_advantages(advantage, rewards, values, response_mask, 1.0, 0.95)
+        advantages = ppo.whiten(advantages, response_mask)
+        if poison:
+            advantages, returns = (torch.where(response_mask, x, junk) for x in (advantages, returns))
+        b = ppo.Batch(tokens, attention_mask, response_mask, value_mask, logprobs, values, advantages, returns)
+        at, at_v = b.response_mask, b.value_mask
+        new_logprobs, new_values, entropy = ppo.forward_responses(
+            policy, critic, b.tokens, b.attention_mask, num_columns, 1.0, True
+        )
+        losses, _ = ppo.policy_loss(new_logprobs[at], b.logprobs[at], b.advantages[at], 0.2)
+        value_losses = ppo.value_loss(new_values[at_v], b.values[at_v], b.returns[at_v], 0.2)
+        loss = ppo.total_loss(losses, value_losses, entropy[at], at.sum(), at_v.sum(), 0.1, 0.01)
+        loss.backward()
+        results.append([loss, *(p.grad for m in (policy, critic) for p in m.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_scores_are_the_same_alone_in_a_batch_and_padded_on_either_side():
+    reward_model = tiny_scalar()
+    texts = [[5, 6, EOS], [5, 6, 7, 8, 9, 10, EOS], [4], [5, PAD, 6, PAD]]  # a pad token may be sampled
+    cfg = ppo.Config(microbatch_size=3)
+    alone = [(reward_model.score(reward_model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() - 0.25) / 2 for ids in texts]
+    for side in ("left", "right"):
+        tokens, mask = common.pad(texts, PAD, side)
+        scores = ppo.score_responses(reward_model, tokens, mask, None, None, cfg)
+        assert torch.allclose(scores, torch.tensor(alone), rtol=0, atol=1e-4)
+
+
+def test_a_critic_copied_from_the_reward_model_predicts_the_score_itself_at_the_end():
+    reward_model, policy = tiny_scalar(), tiny_lm()
+    critic = ppo.load_critic(ppo.Config(), reward_model, policy, None)
+    tokens, attention_mask, _ = a_rollout(policy)
+    ours, theirs = (common.token_scores(m, tokens, attention_mask) for m in (critic, reward_model))
+    assert torch.equal(ours, theirs) and all(p.requires_grad for p in critic.parameters())
+    assert critic.score.weight.data_ptr() != reward_model.score.weight.data_ptr()
+
+
+def flags(world, output, *more):
+    return [
+        "--policy", world / "sft", "--reward", world / "reward_model", "--prompts", world / "prompts.jsonl",
+        "--eval-prompts", world / "prompts.jsonl", "--output", output, "--iterations", "2", "--batch-size", "8",
+        "--minibatch-size", "8", "--microbatch-size", "8", "--response-length", "6", "--device", "cpu", *more,
+    ]
+
+
+class GradientSeen(Exception):
+    pass
+
+
+@pytest.mark.parametrize("critic, advantage", KINDS)
+def test_micro_batch_size_changes_no_gradient_of_the_real_loop(world, tmp_path, run_stage, monkeypatch, critic, advantage):
+    gradients = {}
+
+    def record(parameters, _):
+        seen.append([p.grad.clone() for p in parameters if p.grad is not None])
+        if len(seen) == 2:  # policy and critic
+            raise GradientSeen
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(ppo, "clip_grad_norm_", record)
+    for size in (8, 3, 1):
+        seen = []
+        more = ["--critic", critic, "--advantage", advantage, "--entropy-coef", "0.01", "--microbatch-size", size]
+        with pytest.raises(GradientSeen):
+            run_stage(ppo, *flags(world, tmp_path / "out", *more))
+        gradients[size] = sum(seen, [])
+    assert max(g.abs().max() for g in gradients[8]) > 1e-3
+    for size in (3, 1):
+        assert all((a - b).abs().max() < 1e-6 for a, b in zip(gradients[8], gradients[size], strict=True))
+
+
+@pytest.mark.parametrize("critic, advantage", KINDS)
+def test_each_update_starts_at_ratio_1_and_the_run_at_kl_0(world, tmp_path, run_stage, critic, advantage):
+    more = ["--critic", critic, "--advantage", advantage, "--temperature", "0.8", "--minibatch-size", "4", "--microbatch-size", "3"]
+    status, out, _ = run_stage(ppo, *flags(world, tmp_path / "out", "--iterations", "3", "--lr", "0.01", *more))
+    assert status == 0
+    rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
+    assert len(rows) == 3 and abs(rows[0]["kl"]) < 1e-5 and rows[2]["kl"] != 0
+    for row in rows:
+        assert abs(row["ratio_first"] - 1) < 1e-6 and row["approx_kl_first"] < 1e-6
+        assert row["approx_kl"] > 0  # and moves on from there
+
+
+def test_a_small_step_changes_most_weights_of_policy_and_critic_and_none_of_the_frozen(world, tmp_path, run_stage):
+    status, *_ = run_stage(ppo, *flags(world, tmp_path / "out", "--iterations", "1", "--lr", "3e-6", "--critic-lr", "3e-6"))
+    assert status == 0
+    for saved, original in ((tmp_path / "out", world / "sft"), (tmp_path / "out" / "critic", world / "reward_model")):
+        load = common.AutoModelForCausalLM if saved.name == "out" else common.AutoModelForSequenceClassification
+        new, old = (load.from_pretrained(folder).state_dict() for folder in (saved, original))
+        changed = sum((new[key] != old[key]).sum().item() for key in old)
+        total = sum(weight.numel() for weight in old.values())
+        unused = new["model.embed_tokens.weight"].shape[0] * 16  # embeddings of tokens that never came
+        assert changed > 0.5 * (total - unused)
+
+
+def test_the_learning_rate_falls_linearly_and_target_kl_ends_an_update_early(world, tmp_path, run_stage):
+    more = ["--iterations", "4", "--lr", "0.01", "--target-kl", "1e-4", "--ppo-epochs", "4"]
+    status, *_ = run_stage(ppo, *flags(world, tmp_path / "out", *more))
+    rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
+    assert status == 0 and [round(row["lr"], 6) for row in rows] == [0.01, 0.0075, 0.005, 0.0025]
+    assert all(row["optimizer_steps"] == 2 for row in rows)  # one taken, the second is too far
+
+
+def test_missing_eos_costs_the_penalty_in_the_reward_but_not_in_the_logged_score(world, tmp_path, run_stage):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def zero(prompts, responses, rows):\n    return [0.0] * len(rows)\n")
+    more = ["--reward", f"{reward}:zero", "--iterations", "1", "--missing-eos-penalty", "3", "--advantage", "bandit"]
+    status, *_ = run_stage(ppo, *flags(world, tmp_path / "out", *more))
+    row = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
+    assert status == 0 and row["score"] == 0 and 0 <= row["eos_rate"] < 1
+    # With a value head that starts at 0 and V(x) = 0, the first value loss is the mean squared return.
+    penalised = 9.0 * (1 - row["eos_rate"])
+    assert row["value_loss"] <= penalised + 1e-3 and row["value_loss"] > 0.2 * penalised
+
+
+def test_python_rewards_see_prompts_responses_and_whole_rows(world, tmp_path, run_stage):
+    seen = tmp_path / "seen.jsonl"
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import json\n"
+        "def keep(prompts, responses, rows):\n"
+        f"    with open({str(seen)!r}, 'a') as file:\n"
+        "        for values in zip(prompts, responses, rows):\n"
+        "            file.write(json.dumps(values) + '\\n')\n"
+        "    return [len(response) for response in responses]\n"
+    )
+    rows = [{"prompt": f"A fox {i}.", "answer": i} for i in range(12)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    status, *_ = run_stage(ppo, *flags(world, tmp_path / "out", "--reward", f"{reward}:keep", "--prompts", prompts, "--iterations", "1"))
+    calls = read_rows(seen)
+    assert status == 0 and len(calls) == 24 + 8 + 24  # evaluation, rollout, evaluation
+    assert all(row["prompt"] == prompt and isinstance(response, str) for prompt, response, row in calls)
+    assert all(row["answer"] == int(prompt[6:-1]) for prompt, _, row in calls[24:32])
+    logged = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
+    assert abs(logged["score"] - sum(len(response) for _, response, _ in calls[24:32]) / 8) < 1e-4
+
+
+def test_gradient_checkpointing_changes_no_metric(world, tmp_path, run_stage):
+    logs = []
+    for more in ([], ["--gradient-checkpointing"]):
+        assert run_stage(ppo, *flags(world, tmp_path / "out", *more))[0] == 0
+        logs.append(read_rows(tmp_path / "out" / "metrics.jsonl"))
+    for plain, checkpointed in zip(*logs, strict=True):
+        for key in plain:
+            if isinstance(plain[key], float) and "second" not in key:
+                assert plain[key] == pytest.approx(checkpointed[key], rel=1e-3, abs=1e-5), key
+
+
+def test_explain_shows_the_score_at_the_eos_and_the_return_of_each_token(world, tmp_path, run_stage):
+    policy = tiny_lm()
+    tokens, attention_mask, response_mask = a_rollout(policy)
+    generator = torch.Generator().manual_seed(0)
+    kl, values = (0.1 * torch.randn(response_mask.shape, generator=generator) for _ in range(2))
+    rewards = ppo.kl_shaped_rewards(torch.full((len(tokens),), 5.0), kl, response_mask, 0.1)
+    advantages, returns = ppo.gae(rewards, values, response_mask, 1.0, 1.0)
+    logprobs = torch.zeros_like(kl)
+    batch = ppo.Batch(tokens, attention_mask, response_mask, response_mask, logprobs, values, advantages, returns)
+    tokenizer = common.load_tokenizer(str(world / "sft"))
+    table = ppo.explain_response(tokenizer, batch, logprobs - kl, rewards, advantages, row=1)
+    body = [line for line in table.splitlines() if line.strip() and line.split()[0].isdigit()]
+    assert len(body) == response_mask[1].sum()
+    last = int(response_mask[1].sum()) - 1
+    assert float(body[-1].split()[-3]) == pytest.approx(rewards[1, last].item(), abs=1e-3) and rewards[1, last] > 4
+    assert [float(line.split()[-1]) for line in body] == pytest.approx(returns[1, : last + 1].tolist(), abs=1e-3)
+    status, out, _ = run_stage(ppo, *flags(world, tmp_path / "out", "--explain", "--iterations", "1"))
+    assert status == 0 and "advantage" in out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("critic, advantage", KINDS)
+def test_ratio_1_and_kl_0_hold_on_cuda_in_bf16(world, tmp_path, run_stage, critic, advantage):
+    more = ["--critic", critic, "--advantage", advantage, "--device", "cuda", "--dtype", "bf16"]
+    assert run_stage(ppo, *flags(world, tmp_path / "out", *more))[0] == 0
+    rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
+    assert abs(rows[0]["kl"]) < 1e-5 and all(abs(row["ratio_first"] - 1) < 1e-6 for row in rows)
