@@ -62,6 +62,7 @@ import os
 import pathlib
 import random
 import shutil
+import traceback
 from dataclasses import dataclass
 from typing import Literal
 
@@ -241,7 +242,12 @@ def load_function(spec):
 # FORK: a reward of your own is one function(prompts, responses, rows) -> a float per response.
 def call_reward(function, rows, responses):
     """Scores (B,) float32 from a Python function, checked to be one finite number per response."""
-    scores = function([row["prompt"] for row in rows], responses, rows)
+    try:
+        scores = function([row["prompt"] for row in rows], responses, rows)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({place.filename} line {place.lineno})"
+        raise UserError(f"the reward function failed: {reason}") from error
     if not hasattr(scores, "__len__") or len(scores) != len(rows):
         count = len(scores) if hasattr(scores, "__len__") else f"a {type(scores).__name__} of"
         raise UserError(f"the reward function returned {count} scores for {len(rows)} responses")
