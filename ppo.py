@@ -83,7 +83,7 @@ from common import UserError, arg
 @dataclass(frozen=True)
 class Config:
     policy: str = arg("ckpt/sft", "causal LM to train, and the reference", "models and data")
-    reward: str = arg("ckpt/reward_model", "reward model, or file.py:function, see call_reward")
+    reward: str = arg("ckpt/reward_model", "model, or file.py:function(prompts, responses, rows)")
     judge: str | None = arg(None, "file.py:function, the true reward; reported, not trained on")
     prompts: str = arg(str(common.DATA / "prompts.jsonl"), "JSONL rows with a prompt")
     eval_prompts: str | None = arg(None, "held-out prompts; else up to 128 of --prompts")

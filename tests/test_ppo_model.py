@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from conftest import read_rows, tiny_lm, tiny_scalar, write_rows
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 import ppo
@@ -31,8 +32,18 @@ def a_rollout(policy, num_rows=6, response_length=7):
     return torch.cat([prompts, response], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
 
 
-def test_logprobs_are_those_of_the_unpadded_sequence_one_token_at_a_time():
-    policy, temperature = tiny_lm(), 0.7
+def tiny_gpt2():
+    """Learned absolute positions: left padding shifts them unless position ids are passed."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3, pad_token_id=0, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [1], 0
+    return model
+
+
+@pytest.mark.parametrize("make_policy", [tiny_lm, tiny_gpt2])
+def test_logprobs_are_those_of_the_unpadded_sequence_one_token_at_a_time(make_policy):
+    policy, temperature = make_policy(), 0.7
     tokens, attention_mask, response_mask = a_rollout(policy)
     num_columns = response_mask.shape[1]
     logprobs, _, entropy = ppo.forward_responses(policy, None, tokens, attention_mask, num_columns, temperature, True)
