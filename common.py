@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 import warnings
+import zlib
 
 import huggingface_hub
 import torch
@@ -113,6 +114,7 @@ def parse_args(config_class, description, argv=None):
 
 def check_range(cfg, **rules):
     """Stop on the first flag out of its (lowest, highest), both allowed; None is not checked."""
+    rules["seed"] = (0, 2**32 - 1)  # what all random generators take
     for name, (low, high) in rules.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:
@@ -131,8 +133,10 @@ def pick_device(name):
     """The torch.device of --device; 'auto' is the first CUDA GPU, or else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not known; use auto, cpu, cuda, cuda:1 or mps")
     try:
-        return torch.empty(0, device=name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} can't be used: {reason}") from None
@@ -171,10 +175,10 @@ def read_rows(path, formats):
     example = " or ".join(json.dumps(dict.fromkeys(keys, "...")) for keys in formats)
     rows = []
     try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 rows.append(_parse_row(line, formats, f"{path} line {number}", example))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"can't read {path}: {reason}") from None
     if not rows:

@@ -693,7 +693,6 @@ wrote {output}, an ordinary Hugging Face folder; to load and try it:
 
 def start_logs(output):
     """The output folder with empty metrics.jsonl and samples.jsonl, as a path."""
-    common.prepare_output(output)
     output = pathlib.Path(output)
     output.mkdir(exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -789,15 +788,16 @@ def main(cfg):
     cfg = with_embedded_defaults(cfg)
     set_seed(cfg.seed)
     device = common.pick_device(cfg.device)
+    common.prepare_output(cfg.output)
 
     # -- setup: data, models, optimizer
     tokenizer = common.load_tokenizer(cfg.policy, made_by="python sft.py")
     rows = load_prompts(cfg.prompts, tokenizer, cfg.max_prompt_length)
-    if cfg.eval_prompts:
+    if cfg.eval_prompts is not None:
         eval_rows = load_prompts(cfg.eval_prompts, tokenizer, cfg.max_prompt_length)
     else:
         rows, eval_rows = common.hold_out(rows, 128, cfg.seed)
-    judge = load_function(cfg.judge) if cfg.judge else None
+    judge = None if cfg.judge is None else load_function(cfg.judge)
     policy, ref_policy, critic, reward = load_models(cfg, tokenizer, device)
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows) + cfg.response_length
     common.check_context(policy, longest, "--max-prompt-length or --response-length")

@@ -174,7 +174,7 @@ def load_data(cfg):
     """(training rows, held-out rows, name of the held-out ones)."""
     formats = [("prompt", "chosen", "rejected")]
     rows = common.read_rows(cfg.data, formats)
-    if cfg.eval_data:
+    if cfg.eval_data is not None:
         return rows, common.read_rows(cfg.eval_data, formats), cfg.eval_data
     return *common.hold_out(rows, 512, cfg.seed), f"the held-out part of {cfg.data}"
 

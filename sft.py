@@ -115,7 +115,8 @@ def tiny_llama(tokenizer, width=96):
 # FORK: other data formats become a prompt and a completion here.
 def row_texts(row):
     """(prompt, completion) of a data row; a plain text is a completion without a prompt."""
-    return (row["prompt"], row["completion"]) if "completion" in row else ("", row["text"])
+    is_pair = "prompt" in row and "completion" in row
+    return (row["prompt"], row["completion"]) if is_pair else ("", row["text"])
 
 
 def encode_rows(rows, tokenizer, cfg, source):
@@ -124,7 +125,9 @@ def encode_rows(rows, tokenizer, cfg, source):
     for prompt, completion in map(row_texts, rows):
         prompt_ids = common.encode_prompt(tokenizer, prompt)
         completion_ids = common.encode_response(tokenizer, completion)
-        if len(prompt_ids) <= cfg.max_prompt_length and len(completion_ids) <= cfg.response_length:
+        fits = len(prompt_ids) <= cfg.max_prompt_length
+        fits = fits and len(completion_ids) <= cfg.response_length
+        if fits and len(prompt_ids) + len(completion_ids) > 1:  # a lone EOS follows nothing
             examples.append((prompt_ids, completion_ids))
     common.report_dropped(len(rows) - len(examples), len(rows), source)
     return examples
@@ -189,7 +192,7 @@ def load_data(cfg):
     """(training rows, held-out rows, name of the held-out ones)."""
     formats = [("prompt", "completion"), ("text",)]
     rows = common.read_rows(cfg.data, formats)
-    if cfg.eval_data:
+    if cfg.eval_data is not None:
         return rows, common.read_rows(cfg.eval_data, formats), cfg.eval_data
     return *common.hold_out(rows, 512, cfg.seed), f"the held-out part of {cfg.data}"
 

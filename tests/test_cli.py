@@ -125,7 +125,8 @@ def test_a_reward_model_with_other_tokens_is_refused(world, tmp_path, run_stage)
     (["--gamma", 1.5], ["--gamma is 1.5", "from 0 to 1"]), (["--kl-coef", "nan"], ["--kl-coef is nan"]),
     (["--kl-coef", "-1"], ["--kl-coef is -1"]), (["--clip-eps", 2], ["--clip-eps"]), (["--iterations", "many"], ["invalid int value", "many"]),
     (["--advantage", "grpo"], ["--advantage", "gae", "bandit"]), (["--kl-coeff", 1], ["unknown argument --kl-coeff", "--kl-coef?"]),
-    (["--device", "cuda:99"], ["--device cuda:99"]), (["--device", "abacus"], ["--device abacus"]),
+    (["--device", "cuda:99"], ["--device cuda:99"]), (["--device", "abacus"], ["--device abacus"]), (["--device", "meta"], ["--device meta"]),
+    (["--seed", -1], ["--seed is -1"]), (["--eval-prompts", ""], ["can't read"]), (["--prompts", "a\0b"], ["can't read"]),
     (["--response-length", 500], ["do not fit the model's 128 positions", "--response-length"]),
     (["--kl-target", 3, "--kl-horizon", 4], ["--kl-horizon is 4", "at least 8"]),
 ])

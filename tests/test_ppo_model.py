@@ -234,6 +234,17 @@ def test_a_small_step_changes_most_weights_of_policy_and_critic_and_none_of_the_
         assert changed > 0.5 * (total - unused)
 
 
+def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage):
+    """With learning rates 0 and one minibatch, each epoch's gradient is the same one again."""
+    norms = []
+    for epochs in (1, 3):
+        more = ["--iterations", "1", "--lr", "0", "--critic-lr", "0", "--ppo-epochs", epochs, "--max-grad-norm", "1e9"]
+        assert run_stage(ppo, *flags(world, tmp_path / "out", *more))[0] == 0
+        row = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
+        norms.append([row["grad_norm"], row["critic_grad_norm"]])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[0]) > 0
+
+
 def test_the_learning_rate_falls_linearly_and_target_kl_ends_an_update_early(world, tmp_path, run_stage):
     more = ["--iterations", "4", "--lr", "0.01", "--target-kl", "1e-4", "--ppo-epochs", "4"]
     status, *_ = run_stage(ppo, *flags(world, tmp_path / "out", *more))

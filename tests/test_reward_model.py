@@ -123,6 +123,13 @@ def test_it_learns_stores_the_scale_and_writes_a_classifier_that_loads(world, tm
     assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
 
 
+def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage):
+    run_stage(reward_model, "--model", world / "sft", "--data", world / "pairs.jsonl", "--eval-data", world / "pairs.jsonl",
+              "--output", tmp_path / "out", "--batch-size", 24, "--lr", 0, "--epochs", 3, "--device", "cpu")
+    norms = [row["grad_norm"] for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
+    assert len(norms) == 3 and norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
 def test_nothing_is_kept_of_a_model_that_reads_back_differently(world, tmp_path, run_stage, monkeypatch):
     load, calls = common.load_scalar_model, []
 

@@ -95,6 +95,21 @@ def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(world, tmp_pat
 def test_plain_text_rows_are_completions_of_nothing():
     assert sft.row_texts({"text": "abc"}) == ("", "abc")
     assert sft.row_texts({"prompt": "a", "completion": "b"}) == ("a", "b")
+    assert sft.row_texts({"text": "abc", "completion": "b"}) == ("", "abc")
+
+
+def test_a_lone_eos_is_dropped_since_nothing_predicts_it():
+    tokenizer, cfg = sft.train_tokenizer(["a"], 300), sft.Config()
+    rows = [{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]
+    assert len(sft.encode_rows(rows, tokenizer, cfg, "here")) == 2
+
+
+def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage):
+    """With learning rate 0 and one batch, each epoch's gradient is the same one again."""
+    run_stage(sft, "--model", world / "sft", "--data", world / "sft.jsonl", "--eval-data", world / "sft.jsonl", "--output",
+              tmp_path / "out", "--batch-size", 24, "--lr", 0, "--epochs", 3, "--device", "cpu")
+    norms = [row["grad_norm"] for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
+    assert len(norms) == 3 and norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 
 def test_batches_hold_rows_of_like_length_each_row_once_in_new_orders():
