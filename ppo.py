@@ -144,7 +144,7 @@ def check_config(cfg):
         temperature=(0.01, 100), kl_coef=not_negative, kl_target=(1e-6, 1e9),
         kl_horizon=(cfg.batch_size if cfg.kl_target else 1, math.inf),
         missing_eos_penalty=not_negative, gamma=share, lam=share, ppo_epochs=many,
-        minibatch_size=(1, cfg.batch_size), microbatch_size=(1, cfg.minibatch_size),
+        minibatch_size=many, microbatch_size=many,
         clip_eps=share, value_clip_eps=(0, math.inf), value_coef=not_negative,
         entropy_coef=not_negative, target_kl=not_negative, lr=share, critic_lr=share,
         max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,

@@ -79,7 +79,7 @@ def check_config(cfg):
     many = (1, math.inf)
     common.check_range(
         cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
-        microbatch_size=(1, cfg.batch_size), lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
+        microbatch_size=many, lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
         max_grad_norm=(1e-9, math.inf),
     )
 

@@ -120,7 +120,8 @@ def test_a_reward_model_with_other_tokens_is_refused(world, tmp_path, run_stage)
 
 @pytest.mark.parametrize("flags, fragments", [
     (["--batch-size", 100, "--minibatch-size", 32], ["--batch-size 100", "--minibatch-size 32", "use --minibatch-size 25"]),
-    (["--minibatch-size", 16], ["--minibatch-size is 16", "from 1 to 8"]), (["--microbatch-size", 5], ["--microbatch-size is 5"]),
+    (["--minibatch-size", 16], ["--batch-size 8", "--minibatch-size 16", "use --minibatch-size 8"]),
+    (["--minibatch-size", 0], ["--minibatch-size is 0", "at least 1"]), (["--microbatch-size", 0], ["--microbatch-size is 0"]),
     (["--batch-size", 0], ["--batch-size is 0", "at least 1"]), (["--temperature", 0], ["--temperature is 0"]),
     (["--gamma", 1.5], ["--gamma is 1.5", "from 0 to 1"]), (["--kl-coef", "nan"], ["--kl-coef is nan"]),
     (["--kl-coef", "-1"], ["--kl-coef is -1"]), (["--clip-eps", 2], ["--clip-eps"]), (["--iterations", "many"], ["invalid int value", "many"]),
