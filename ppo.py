@@ -100,7 +100,7 @@ class Config:
     # lengths and repetition rather than at the score.
     kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2, and 0 invites reward hacking", "reward")
     kl_target: float | None = arg(None, "adapt beta to hold the KL here, in nats (eq. 8); 3 to 10")
-    kl_horizon: int = arg(400, "horizon of eq. 8, in episodes; 10,000 for a million of them")
+    kl_horizon: int = arg(300, "horizon of eq. 8, in episodes; 10,000 for a million of them")
     missing_eos_penalty: float = arg(1.0, "off the score of a response without EOS; 0 to 2")
 
     # gamma 1: a response is finite, and no part of it is worth more for coming sooner. lam trades
