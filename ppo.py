@@ -38,7 +38,7 @@ Differs   The score is paid at the last counted token; TRL pays it one slot late
           temperature and with the softmax in float32. The sampler's own are not used: its cache and
           shapes alone can move a bf16 ratio by several per cent before anything has been learned.
           Each mean of (5) to (7) is a sum divided once, by the count of the whole minibatch.
-          Advantages are whitened over all tokens of the rollout; rewards are not whitened.
+          As in TRL, advantages are whitened over all tokens of the rollout and rewards are not.
 
 Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 (eqs. 1 and 8); Stiennon et
           al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". The last
@@ -77,9 +77,9 @@ from common import UserError, arg
 
 
 # === 0. Configuration =============================================================================
-# Three batch words: --batch-size prompts are answered per iteration, --minibatch-size of the
-# responses make an optimizer step, --microbatch-size of those are in memory at a time. So an
-# iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps.
+# Three batch words: --batch-size prompts are answered at once in each iteration, --minibatch-size
+# of the responses make an optimizer step, and scoring and update hold --microbatch-size of them at
+# a time. So an iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps.
 @dataclass(frozen=True)
 class Config:
     policy: str = arg("ckpt/sft", "causal LM to train, and the reference", "models and data")
@@ -112,7 +112,7 @@ class Config:
 
     ppo_epochs: int = arg(4, "passes over each rollout, each in a new order; 1 to 4", "update")
     minibatch_size: int = arg(32, "sequences per optimizer step")
-    microbatch_size: int = arg(32, "sequences per forward pass; memory only, same gradient")
+    microbatch_size: int = arg(32, "sequences per scoring and update pass; memory only")
     clip_eps: float = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3")
     value_clip_eps: float = arg(0.2, "eps_v of eq. 6, in units of reward; 0.2 for deviation 1")
     value_coef: float = arg(0.1, "c1 of eq. 7; Adam all but undoes it for a separate critic")
@@ -149,6 +149,8 @@ def check_config(cfg):
         entropy_coef=not_negative, target_kl=not_negative, lr=share, critic_lr=share,
         max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,
     )
+    if cfg.kl_target is not None and cfg.kl_coef == 0:
+        raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
     if cfg.batch_size % cfg.minibatch_size:
         divisors = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
         near = min(divisors, key=lambda n: abs(n - cfg.minibatch_size))
@@ -200,7 +202,12 @@ def mask_through_first_eos(response, eos_ids):
 
 
 def sample_responses(policy, rows, cfg, device):
-    """One response per row: tokens, attention_mask (B, P+R), response_mask (B, R), ended (B,)."""
+    """One response per row, plainly sampled: no top-k, no top-p, nothing stored with the model.
+
+    Returns:
+        tokens (B, P+R) int64, attention_mask (B, P+R) bool, response_mask (B, R) bool, and ended
+        (B,) bool, True where an EOS came.
+    """
     settings = policy.generation_config
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
     prompts = common.pad([row["prompt_ids"] for row in rows], settings.pad_token_id, "left")
@@ -266,7 +273,7 @@ def score_responses(reward, tokens, attention_mask, rows, responses, cfg):
 
     The reward model reads prompt and response as the policy wrote them, token by token, and is
     asked at the last attended token, the EOS if there is one. Its folder holds the mean and the
-    deviation of reference scores, and token_scores applies them.
+    deviation of scores on its training pairs, and token_scores applies them.
     """
     if not isinstance(reward, torch.nn.Module):
         return call_reward(reward, rows, responses).to(tokens.device)
@@ -353,9 +360,9 @@ def kl_shaped_rewards(scores, kl, response_mask, kl_coef):
     every token pays for its own distance from the reference. Advantages carry both back in time.
     In the reward, and not in the loss, the KL is credited to the tokens that lead to it.
     """
-    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
+    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)  # eq. 1, left
     last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or the cut
-    return rewards.scatter_add(1, last_index, scores[:, None])
+    return rewards.scatter_add(1, last_index, scores[:, None])  # eq. 1, right
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
@@ -366,7 +373,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
     if kl_target is None:
         return kl_coef
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * batch_size / kl_horizon)
+    return kl_coef * (1 + error * batch_size / kl_horizon)  # eq. 8
 
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
@@ -469,8 +476,8 @@ def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
 def value_loss(new_values, values, returns, value_clip_eps):
     """Loss of each value, eq. 6: the worse of the plain and the clipped error. None: eq. 6b.
 
-    Once V has moved eps_v towards its target, its gradient is 0 until the next rollout; moving away
-    from the target is never clipped. It mirrors eq. 5: no update trusts one rollout too far.
+    While V is more than eps_v from V_old on the target's side, its gradient is 0; moving away from
+    the target is never clipped. It mirrors eq. 5: no update trusts one rollout too far.
     """
     if value_clip_eps is None:
         return (new_values - returns) ** 2  # eq. 6b
@@ -488,7 +495,7 @@ def total_loss(
     to the minibatch's own, whatever their sizes.
     """
     policy_term = (policy_losses - entropy_coef * entropy).sum() / num_tokens
-    return policy_term + value_coef * value_losses.sum() / num_values
+    return policy_term + value_coef * value_losses.sum() / num_values  # eq. 7
 
 
 STATISTICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
@@ -584,7 +591,7 @@ def metrics_row(
         "ratio_first": steps[0][RATIO].item(),  # 1 up to rounding
         "approx_kl_first": steps[0][APPROX_KL].item(),  # 0 up to rounding; a mean ratio hides noise
         "explained_variance": 1 - (error.var() / returns.var()).item(),  # below 0 at first, then up
-        "optimizer_steps": len(steps),  # fewer, and the last not taken, when --target-kl stopped it
+        "optimizer_steps": len(steps),  # fewer when --target-kl stopped it, the last not taken
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
         "lr": schedule.get_last_lr()[0],  # the policy's
@@ -863,12 +870,12 @@ def main(cfg):
             num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
             steps.append(torch.zeros(len(STATISTICS), device=device))
             for micro in map(batch.rows, index.split(cfg.microbatch_size)):  # gradients add up
-                with common.arithmetic(device, cfg.dtype):
+                with common.arithmetic(device, cfg.dtype):  # autocast
                     new_logprobs, new_values, new_entropy = forward_responses(
                         policy, critic, micro.tokens, micro.attention_mask, num_columns,
                         cfg.temperature, with_entropy=cfg.entropy_coef > 0,
-                    )
-                # Indexing by a mask leaves a flat list of what counts: from here no padding exists.
+                    )  # (b, R) each
+                # Indexing by a mask leaves the N that count, (N,): from here no padding exists.
                 at, at_v = micro.response_mask, micro.value_mask
                 policy_losses, ratio = policy_loss(
                     new_logprobs[at], micro.logprobs[at], micro.advantages[at], cfg.clip_eps

@@ -14,10 +14,12 @@ Goal      maximise the likelihood of the preferences under the model of Bradley 
 Shapes    B pairs; 2B texts of T tokens (padded on the right), the chosen ones first.
 Score     A linear head reads the last attended token, normally the EOS: only there has a causal
           model seen the whole text. The attention mask finds it, not "the last that is not pad".
-Head      New heads start at N(0, 1/sqrt(d + 1)), bias 0 (Stiennon et al. 2020).
+Head      New heads have deviation 1/sqrt(d + 1) and bias 0 (Stiennon et al. 2020).
 Epochs    One. Preference labels are noisy, and a second pass mostly memorises the noise.
 
-Differs   Chosen and rejected go through one forward pass: one call, the same arithmetic for both.
+Differs   (3) uses all responses of the training pairs, and scales too; the sources below centre the
+          scores of demonstrations or reference summaries.
+          Chosen and rejected go through one forward pass: one call, the same arithmetic for both.
           The model is saved with its head, loaded again and held to the scores from before.
 
 Sources   Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ Implementation
@@ -86,7 +88,7 @@ def check_config(cfg):
 
 # === 1. Model: a causal LM's trunk and one number =================================================
 def init_head(model):
-    """Start the head at N(0, 1/sqrt(d + 1)): scores of order 1 from features of order 1."""
+    """Start the head at deviation 1/sqrt(d + 1): scores of order 1 from features of order 1."""
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if model.score.bias is not None:
         torch.nn.init.zeros_(model.score.bias)
@@ -118,7 +120,7 @@ def pair_scores(model, pairs, pad_id, device):
 
 
 def preference_loss(chosen_scores, rejected_scores):
-    """Negative log-likelihood of each pair, (B,) in nats; log 2 for a model that knows nothing."""
+    """Negative log-likelihood of each pair, (B,) in nats; log 2 where the scores are equal."""
     return -F.logsigmoid(chosen_scores - rejected_scores)  # eqs. 1-2
 
 
@@ -165,7 +167,7 @@ def held_out_metrics(raw_chosen, raw_rejected, pairs):
         "loss": preference_loss(raw_chosen, raw_rejected).mean().item(),  # below log 2 = 0.693
         "accuracy": right,  # 0.6 to 0.75 on human labels; near 1 suggests a leak
         "accuracy_two_sigma": two_sigma,
-        "longer_wins": accuracy(*lengths)[0],  # clearly below accuracy, or only length was learned
+        "longer_wins": accuracy(*lengths)[0],  # accuracy should beat this and 1 - this clearly
     }
 
 
@@ -226,7 +228,8 @@ def main(cfg):
     pairs = encode_rows(rows, tokenizer, cfg, cfg.data)
     eval_pairs = encode_rows(eval_rows, tokenizer, cfg, eval_source)
     lengths = [max(map(len, pair)) for pair in pairs]
-    common.check_context(model, max(lengths), "--max-prompt-length or --response-length")
+    longest = max(len(ids) for pair in pairs + eval_pairs for ids in pair)
+    common.check_context(model, longest, "--max-prompt-length or --response-length")
     model.to(device)
     if cfg.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
@@ -266,7 +269,7 @@ def main(cfg):
 
             row = {
                 "iteration": len(metrics) + 1,
-                "loss": loss,  # nats per pair; from about log 2 = 0.693 down
+                "loss": loss,  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
                 "accuracy": num_right / len(rows),  # of pairs not yet seen, in epoch 1; from 0.5 up
                 "grad_norm": grad_norm,  # before clipping; steady after the warm-up
                 "lr": lr,
@@ -290,7 +293,7 @@ def main(cfg):
     expected = [(scores - mean) / deviation for scores in raw]  # eq. 3
     drift = save_and_read_back(model, tokenizer, eval_pairs, expected, metrics, cfg, device)
     print_result(row, *raw, drift)
-    print(f"\nwrote {cfg.output}; next: python ppo.py --policy ckpt/sft --reward {cfg.output}")
+    print(f"\nwrote {cfg.output}; next: python ppo.py --policy {cfg.model} --reward {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ Mask      completion_mask is True where a token is imitated: the completion and 
 EOS       It is learned like any other token. A policy that never learned to stop is the most common
           bad start for PPO: its responses are cut, and the scores of cut texts mean little.
 
-Differs   The sum over a batch's tokens is divided once, by their number in the whole batch. A mean
-          of micro-batch means would weigh a token by how long its neighbours are.
+Differs   The sum over a batch's tokens is divided once, by their number in the whole batch, so
+          that micro-batches change no gradient; a mean of their means would. Batches hold rows of
+          like length to save padding, so a token of a short text still weighs more over an epoch.
           A row that is too long is dropped and counted, not cut: cut texts teach never to end.
 
 Sources   Ouyang et al. 2022 (InstructGPT); Huang et al. 2024, "The N+ Implementation Details of
@@ -215,7 +216,8 @@ def main(cfg):
     examples = encode_rows(rows, tokenizer, cfg, cfg.data)
     eval_examples = encode_rows(eval_rows, tokenizer, cfg, eval_source)
     lengths = [len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in examples]
-    common.check_context(model, max(lengths), "--max-prompt-length or --response-length")
+    longest = max(len(x) + len(y) for x, y in examples + eval_examples)
+    common.check_context(model, longest, "--max-prompt-length or --response-length")
     model.to(device)
     if cfg.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)

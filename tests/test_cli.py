@@ -129,6 +129,7 @@ def test_a_reward_model_with_other_tokens_is_refused(world, tmp_path, run_stage)
     (["--device", "cuda:99"], ["--device cuda:99"]), (["--device", "abacus"], ["--device abacus"]), (["--device", "meta"], ["--device meta"]),
     (["--seed", -1], ["--seed is -1"]), (["--eval-prompts", ""], ["can't read"]), (["--prompts", "a\0b"], ["can't read"]),
     (["--response-length", 500], ["do not fit the model's 128 positions", "--response-length"]),
+    (["--kl-target", 3, "--kl-coef", 0], ["--kl-target", "--kl-coef above 0"]),
     (["--kl-target", 3, "--kl-horizon", 4], ["--kl-horizon is 4", "at least 8"]),
 ])
 def test_bad_flags_are_refused_by_name_value_rule(world, tmp_path, run_stage, flags, fragments):
