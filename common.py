@@ -280,9 +280,9 @@ def load_tokenizer(path, made_by=None):
 def encode_prompt(tokenizer, text):
     """Token ids of a prompt, with one BOS in front if this tokenizer begins its texts with it."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    first = tokenizer("a")["input_ids"][0]
-    begins_with_bos = first == tokenizer.bos_token_id
-    return [first] + ids if begins_with_bos and ids[:1] != [first] else ids
+    bos = [tokenizer.bos_token_id]
+    begins_with_bos = tokenizer("a")["input_ids"][:1] == bos
+    return bos + ids if begins_with_bos and ids[:1] != bos else ids
 
 
 def encode_response(tokenizer, text):
@@ -303,7 +303,7 @@ def _load(auto_class, path, made_by, **options):
     if "dtype" in options:  # a model
         options |= {"use_safetensors": True, "output_loading_info": True}
     hint = f"; make it with: {made_by}" if made_by else ""
-    if hint and not os.path.isdir(path) and pathlib.Path(path).parts[0] == "ckpt":
+    if hint and not os.path.isdir(path) and path.split("/")[0] == "ckpt":
         raise UserError(f"there is no folder {path}{hint}")  # no use in asking the hub
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **options)
@@ -356,21 +356,29 @@ def load_scalar_model(path, tokenizer, made_by=None):
     From the folder of a causal LM it is that trunk with a new, untrained head.
     """
     config = _config_without_dropout(path, made_by, num_labels=1)
-    config.pad_token_id = tokenizer.pad_token_id
     for name, neutral in (("reward_mean", 0.0), ("reward_std", 1.0)):
         setattr(config, name, getattr(config, name, neutral))
+    if not (math.isfinite(config.reward_mean) and 0 < config.reward_std < math.inf):
+        raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
     model, info = _load(
         AutoModelForSequenceClassification, path, made_by, config=config, dtype=torch.float32
     )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(f"{path} is a {type(model).__name__}; only decoders with a head are read")
+    lost = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
+    if lost:
+        raise UserError(f"{path} is not whole: it has no {lost[0]}")
     fit_embeddings(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model, bool(info["missing_keys"] or info["mismatched_keys"])
 
 
 def fit_embeddings(model, tokenizer):
-    """Add embeddings for tokens that the model lacks, as a new pad token; many have spare ones."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    """Add an embedding for the new pad token if the model has no spare one."""
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size + 1:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {size}")
+    if len(tokenizer) > size:
         model.resize_token_embeddings(len(tokenizer))
 
 
@@ -452,7 +460,12 @@ def print_tokens(tokenizer, model, prompt, response=()):
 
 # === Checkpoints ==================================================================================
 def prepare_output(output):
-    """Stop now, and not after the work, if the folder `output` can't be written."""
+    """Stop now, and not after the work, if `output` can't be written or holds other things.
+
+    A run replaces its output folder whole, so only one that an earlier run wrote may be there.
+    """
+    if pathlib.Path(output).name in ("", ".."):
+        raise UserError(f"--output {output!r} is no name for a new folder")
     probe = pathlib.Path(f"{output}.probe")
     try:
         probe.mkdir(parents=True, exist_ok=True)
@@ -461,6 +474,9 @@ def prepare_output(output):
         raise UserError(f"--output {output} can't be written: {error.strerror}") from None
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"--output {output} is a file; name a folder")
+    held = set(os.listdir(output)) if os.path.isdir(output) else set()
+    if held and "metrics.jsonl" not in held:
+        raise UserError(f"--output {output} holds files of something else; name a new folder")
 
 
 def append_json_line(path, row):

@@ -62,6 +62,7 @@ import os
 import pathlib
 import random
 import shutil
+import sys
 import traceback
 from dataclasses import dataclass
 from typing import Literal
@@ -234,12 +235,15 @@ def load_function(spec):
     """The function that "file.py:function" names. It is the user's own code and is run as it is."""
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
-        raise UserError(f"{spec}: no file {path or spec}; give file.py:function")
-    module_spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+        raise UserError(f"{spec} names no function: no file {path!r}; give file.py:function")
+    name_here = f"user_{pathlib.Path(path).stem}"  # a file may be called math.py
+    module_spec = importlib.util.spec_from_file_location(name_here, path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look it up there
+    sys.path.append(str(pathlib.Path(path).resolve().parent))  # it may import its neighbours
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{spec}: {path} fails: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec}: {path} has no function {name}")
@@ -249,20 +253,26 @@ def load_function(spec):
 # FORK: a reward of your own is one function(prompts, responses, rows) -> a float per response.
 def call_reward(function, rows, responses):
     """Scores (B,) float32 from a Python function, checked to be one finite number per response."""
+    name = getattr(function, "__name__", "the reward function") + "()"
     try:
         scores = function([row["prompt"] for row in rows], responses, rows)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({place.filename} line {place.lineno})"
-        raise UserError(f"the reward function failed: {reason}") from error
-    if not hasattr(scores, "__len__") or len(scores) != len(rows):
-        count = len(scores) if hasattr(scores, "__len__") else f"a {type(scores).__name__} of"
-        raise UserError(f"the reward function returned {count} scores for {len(rows)} responses")
+        raise UserError(f"{name} failed: {reason}") from error
+    if not hasattr(scores, "__len__") or isinstance(scores, (str, dict, set)):
+        raise UserError(f"{name} returned a {type(scores).__name__}, not a list of numbers")
+    if len(scores) != len(rows):
+        raise UserError(f"{name} returned {len(scores)} scores for {len(rows)} responses")
     for score, row, response in zip(scores, rows, responses):
-        if not hasattr(score, "__float__") or not math.isfinite(score):
+        try:
+            is_number = not isinstance(score, str) and torch.tensor(float(score)).isfinite()
+        except (TypeError, ValueError, OverflowError):
+            is_number = False
+        if not is_number:
             raise UserError(
-                f"the reward function returned {score!r}, not a finite number, for prompt "
-                f"{row['prompt']!r} and response {response!r}"
+                f"{name} returned {score!r}, not a finite number, for prompt {row['prompt']!r} and "
+                f"response {response!r}"
             )
     return torch.tensor([float(score) for score in scores])
 
@@ -570,6 +580,7 @@ def metrics_row(
     mask, value_mask = batch.response_mask, batch.value_mask
     update = dict(zip(STATISTICS, torch.stack(steps).mean(0).tolist()))
     error, returns = (batch.returns - batch.values)[value_mask], batch.returns[value_mask]
+    unexplained = (error.var(correction=0) / returns.var(correction=0)).item()
     policy_norm, critic_norm = torch.tensor(grad_norms).mean(0).tolist()
     rollout, score, optimize = (end - begin for begin, end in zip(clock, clock[1:]))
     return {
@@ -590,7 +601,7 @@ def metrics_row(
         "clip_fraction": update["clip_fraction"],  # 0.01 to 0.2
         "ratio_first": steps[0][RATIO].item(),  # 1 up to rounding
         "approx_kl_first": steps[0][APPROX_KL].item(),  # 0 up to rounding; a mean ratio hides noise
-        "explained_variance": 1 - (error.var() / returns.var()).item(),  # below 0 at first, then up
+        "explained_variance": 1 - unexplained,  # below 0 at first, then up
         "optimizer_steps": len(steps),  # fewer when --target-kl stopped it, the last not taken
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
@@ -759,7 +770,7 @@ def load_critic(cfg, reward, policy, tokenizer):
     weighted by c1, trains the policy's trunk too, and the two may pull apart. New heads start at 0.
     """
     if cfg.critic == "shared":
-        head = critic = torch.nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        head = critic = torch.nn.Linear(policy.get_output_embeddings().in_features, 1)
         torch.nn.init.zeros_(head.bias)
     elif isinstance(reward, torch.nn.Module):
         return copy.deepcopy(reward).requires_grad_(True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -144,7 +145,8 @@ def test_bad_flags_are_refused_by_name_value_rule(world, tmp_path, run_stage, fl
     ("def f(p, r, rows): return ['0.5']*len(p)", "{}:f", ["'0.5'", "not a finite number"]),
     ("def f(p, r, rows): return [float('nan')]*len(p)", "{}:f", ["nan", "not a finite number"]),
     ("def f(p, r, rows): return [None]*len(p)", "{}:f", ["None", "not a finite number", "A fox meets a cub."]),
-    ("def f(p, r, rows): return 1/0", "{}:f", ["failed: ZeroDivisionError: division by zero", "reward.py line 1"]), ("def f(p): return 0", "{}:f", ["TypeError"]),
+    ("def f(p, r, rows): return 1/0", "{}:f", ["failed: ZeroDivisionError: division by zero", "reward.py line 1"]), ("def f(p): return 0", "{}:f", ["TypeError"]), ("def f(p, r, rows): return [1e300]*len(p)", "{}:f", ["1e+300", "not a finite number"]),
+    ("def f(p, r, rows): return {i: 0.0 for i in range(len(p))}", "{}:f", ["f() returned a dict"]),
 ])
 def test_a_bad_reward_function_is_refused_and_says_what_it_returned(world, tmp_path, run_stage, source, spec, fragments):
     path = tmp_path / "reward.py"
@@ -170,6 +172,7 @@ def test_a_bad_data_file_stops_each_stage_and_leaves_an_earlier_output_alone(wor
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("kept")
+    (output / "metrics.jsonl").write_text("")
     flags = {"sft": ["--data", bad], "reward_model": ["--model", world / "sft", "--data", bad]}
     flags = flags.get(module.__name__) or ppo_flags(world, output, "--prompts", bad)
     refused(run_stage(module, *flags, "--output", output), module.__name__, "bad.jsonl line 1", "'question'", '"prompt": "..."')
@@ -188,6 +191,35 @@ def test_a_truncated_checkpoint_and_a_pickled_one_are_refused(world, tmp_path, r
             weights.unlink()
             torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
         refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--policy", tmp_path / name)), "ppo", f"{name} can't be loaded")
+
+
+def test_a_folder_that_no_run_wrote_is_never_replaced(world, tmp_path, run_stage):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "thesis.txt").write_text("kept")
+    for module, flags in ((sft, ["--data", world / "sft.jsonl"]), (ppo, ppo_flags(world, tmp_path))):
+        refused(run_stage(module, *flags, "--output", tmp_path), module.__name__, "holds files of something else")
+    for name in ("", ".", ".."):
+        refused(run_stage(sft, "--data", world / "sft.jsonl", "--output", name), "sft", "is no name for a new folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sft", "thesis.txt"]
+
+
+def test_a_checkpoint_that_lacks_a_weight_or_a_scale_is_refused(world, tmp_path, run_stage):
+    for name, source in (("cut", "sft"), ("scaleless", "reward_model")):
+        shutil.copytree(world / source, tmp_path / name)
+    weights = safetensors.torch.load_file(tmp_path / "cut" / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.torch.save_file(weights, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    flags = ["--data", world / "pairs.jsonl", "--eval-data", world / "pairs.jsonl", "--output", tmp_path / "out"]
+    refused(run_stage(reward_model, "--model", tmp_path / "cut", *flags), "reward_model", "is not whole", "up_proj")
+    config = json.loads((tmp_path / "scaleless" / "config.json").read_text()) | {"reward_std": 0.0}
+    (tmp_path / "scaleless" / "config.json").write_text(json.dumps(config))
+    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "scaleless")), "ppo", "reward_std")
+
+
+def test_a_tokenizer_much_larger_than_the_model_is_refused(world, tmp_path, run_stage):
+    tiny_lm(vocab_size=20).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(world / "sft").save_pretrained(tmp_path / "small")
+    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--policy", tmp_path / "small")), "ppo", "the model embeds only 20")
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(world, tmp_path, run_stage):

@@ -287,6 +287,17 @@ def test_python_rewards_see_prompts_responses_and_whole_rows(world, tmp_path, ru
     assert abs(logged["score"] - sum(len(response) for _, response, _ in calls[24:32]) / 8) < 1e-4
 
 
+def test_a_reward_file_may_hold_dataclasses_import_neighbours_and_be_called_math(world, tmp_path, run_stage):
+    (tmp_path / "neighbour_of_the_reward.py").write_text("BONUS = 2.0\n")
+    (tmp_path / "math.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom neighbour_of_the_reward import BONUS\n"
+        "@dataclasses.dataclass\nclass Rule:\n    bonus: float = BONUS\n"
+        "def reward(prompts, responses, rows):\n    return [Rule().bonus] * len(rows)\n"
+    )
+    status, *_ = run_stage(ppo, *flags(world, tmp_path / "out", "--reward", f"{tmp_path}/math.py:reward", "--iterations", "1"))
+    assert status == 0 and read_rows(tmp_path / "out" / "metrics.jsonl")[1]["score"] == 2.0
+
+
 def test_gradient_checkpointing_changes_no_metric(world, tmp_path, run_stage):
     logs = []
     for more in ([], ["--gradient-checkpointing"]):
