@@ -840,18 +840,18 @@ def main(cfg):
     batches = endless_batches(rows, cfg.batch_size, random.Random(cfg.seed))
     progress = tqdm(range(1, cfg.iterations + 1), desc="ppo", unit="it")
     for iteration in progress:
-        # 1. ROLLOUT     prompts (B, P) -> tokens, attention_mask (B, P+R), response_mask (B, R)
+        # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); ended
         clock = [common.now(device)]
-        prompts = next(batches)
+        prompt_rows = next(batches)
         tokens, attention_mask, response_mask, ended = sample_responses(
-            policy, prompts, cfg, device
+            policy, prompt_rows, cfg, device
         )
         responses = decode_responses(tokens, response_mask, tokenizer)
         num_columns = response_mask.shape[1]  # R
         clock.append(common.now(device))
 
         # 2. SCORE       tokens -> scores (B,); a text that was cut loses the penalty
-        scores = score_responses(reward, tokens, attention_mask, prompts, responses, cfg)
+        scores = score_responses(reward, tokens, attention_mask, prompt_rows, responses, cfg)
         final_scores = scores - cfg.missing_eos_penalty * (~ended).float()
 
         # 3. EVALUATE    tokens -> logprobs, ref_logprobs, values, entropy (B, R)
@@ -906,12 +906,12 @@ def main(cfg):
             grad_norms.append(norms)
             if cfg.target_kl is not None and steps[-1][APPROX_KL] > cfg.target_kl:
                 break  # far enough from pi_old: without this step, and without the epochs left
-            if all(norm.isfinite() for norm in norms):
+            if all(norm.isfinite() for norm in norms):  # one bad batch is no reason to lose the run
                 optimizer.step()
         clock.append(common.now(device))
 
         # -- log, adapt beta, evaluate, save
-        truths = call_reward(judge, prompts, responses) if judge else None
+        truths = call_reward(judge, prompt_rows, responses) if judge else None
         row = metrics_row(
             iteration, cfg, schedule, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
             grad_norms, clock,
