@@ -5,9 +5,11 @@ files, in the order in which they run; look here when a helper's name is not eno
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gzip
 import json
 import math
@@ -56,6 +58,12 @@ def command_line():
 def arg(default, help, group=None):
     """One flag of a `Config`: default, help, and the heading if it opens a group of --help."""
     metadata = {"help": help.replace("%", "%%"), "group": group}
+    return _field(default, metadata)
+
+
+def _field(default, metadata):
+    if isinstance(default, list):  # a flag that takes one or more values
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,9 +77,10 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _format_action_invocation(self, action):
         names = [name for name in action.option_strings if "_" not in name]
-        if action.nargs is None and action.option_strings:
+        if action.nargs in (None, "+") and action.option_strings:
             choices = action.choices and "{" + ",".join(map(str, action.choices)) + "}"
             names[-1] += " " + (choices or action.type.__name__.upper())
+            names[-1] += " ..." if action.nargs else ""
         return ", ".join(names)
 
     def _get_help_string(self, action):
@@ -89,8 +98,8 @@ def parse_args(config_class, description, argv=None):
     for field in dataclasses.fields(config_class):
         if field.metadata["group"]:
             groups.append((field.metadata["group"], []))
-        metadata = {"help": field.metadata["help"]}
-        plain = dataclasses.field(default=field.default, metadata=metadata)
+        default = getattr(config_class(), field.name)
+        plain = _field(default, {"help": field.metadata["help"]})
         groups[-1][1].append((field.name, field.type, plain))
     parts = [
         dataclasses.make_dataclass("Group", fields, namespace={"_argument_group_name": heading})
@@ -161,29 +170,44 @@ def now(device):
 
 
 # === Data =========================================================================================
-def read_rows(path, formats):
-    """The rows of a JSON Lines file, .jsonl or .jsonl.gz, as dicts.
+class Row(dict):
+    """A data row; `where` is its file and line, for messages."""
+
+    where = "a row"
+
+
+def read_rows(paths, formats):
+    """The rows of some JSON Lines files, .jsonl or .jsonl.gz, each a `Row`.
 
     Args:
-        path: the file.
+        paths: the files.
         formats: the accepted sets of keys, such as [("prompt", "completion"), ("text",)]. Each row
-            has all keys of one of them, with strings as values; other keys are kept.
+            has all keys of one of them. A value is a string or a chat, a list of messages
+            {"role": ..., "content": ...}; "text" is a string, "messages" a chat. Other keys are
+            kept as they are.
 
     Raises:
         UserError: no such file, no rows, or a row that does not fit, by file and line.
     """
-    example = " or ".join(json.dumps(dict.fromkeys(keys, "...")) for keys in formats)
+    example = " or ".join(map(_example, formats))
     rows = []
-    try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                rows.append(_parse_row(line, formats, f"{path} line {number}", example))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't read {path}: {reason}") from None
-    if not rows:
-        raise UserError(f"{path} has no rows; a line is like {example}")
+    for path in paths:
+        number_before = len(rows)
+        try:
+            with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    rows.append(_parse_row(line, formats, f"{path} line {number}", example))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"can't read {path}: {reason}") from None
+        if len(rows) == number_before:
+            raise UserError(f"{path} has no rows; a line is like {example}")
     return rows
+
+
+def _example(keys):
+    chat = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
+    return json.dumps({key: chat if key == "messages" else "..." for key in keys})
 
 
 def _parse_row(line, formats, where, example):
@@ -197,6 +221,8 @@ def _parse_row(line, formats, where, example):
         problem = _row_problem(row, formats)
     if problem:
         raise UserError(f"{where} {problem}; write lines like {example}")
+    row = Row(row)
+    row.where = where
     return row
 
 
@@ -206,21 +232,65 @@ def _row_problem(row, formats):
     keys = next((keys for keys in formats if all(key in row for key in keys)), None)
     if keys is None:
         return f"has the keys {', '.join(map(repr, row)) or '(none)'}"
-    for key in keys:
-        if not isinstance(row[key], str):
-            return f"has a {type(row[key]).__name__} under {key!r}, not a string"
-        if any("\ud800" <= letter <= "\udfff" for letter in row[key]):
-            return f"has half of a surrogate pair under {key!r}, which is not text"
+    return next(filter(None, (_value_problem(key, row[key]) for key in keys)), None)
+
+
+def _value_problem(key, value):
+    wanted = {"text": "a string", "messages": "a list of messages"}
+    wanted = wanted.get(key, "a string or a list of messages")
+    if isinstance(value, str) and key != "messages":
+        texts = [value]
+    elif isinstance(value, list) and value and key != "text":
+        texts = [m.get(part) if isinstance(m, dict) else None for m in value for part in CHAT_KEYS]
+    else:
+        return f"has {_kind(value)} under {key!r}, not {wanted}"
+    if not all(isinstance(text, str) for text in texts):
+        return f"has a list under {key!r} whose items are not all " + json.dumps(
+            dict.fromkeys(CHAT_KEYS, "...")
+        )
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        return f"has half of a surrogate pair under {key!r}, which is not text"
     return None
 
 
-def report_dropped(num_dropped, num_rows, source):
-    """Say how many rows were too long; stop if none is left."""
-    flags = "--max-prompt-length and --response-length"
-    if num_dropped == num_rows:
-        raise UserError(f"all {num_rows} rows of {source} are empty or too long; see {flags}")
-    if num_dropped:
-        print(f"  dropped {num_dropped} of {num_rows} rows of {source}: empty or above {flags}")
+CHAT_KEYS = ("role", "content")
+
+
+def _kind(value):
+    return "an empty list" if value == [] else f"a {type(value).__name__}"
+
+
+def convert_rows(rows, convert, source):
+    """What `convert` makes of all rows, and a line that says how many were used and why not more.
+
+    `convert(row)` yields examples, or a string: why there is one less. Its ValueError, worded to
+    follow the place of the row, becomes a UserError. So does it if no example is left.
+    """
+    examples, dropped = [], collections.Counter()
+    for row in rows:
+        try:
+            for example in convert(row):
+                if isinstance(example, str):
+                    dropped[example] += 1
+                else:
+                    examples.append(example)
+        except ValueError as error:
+            raise UserError(f"{row.where} {error}") from error
+    reasons = "; ".join(f"{number} dropped ({reason})" for reason, number in dropped.items())
+    reasons = f"; {reasons}" if reasons else ""
+    if not examples:
+        raise UserError(f"{source}: {len(rows)} rows read and none can be used{reasons}")
+    print(f"  {source}: {len(rows)} rows read, {len(examples)} examples used{reasons}")
+    return examples
+
+
+def too_long(cfg, prompt_ids, *responses_ids):
+    """Why an example is dropped, or None. It is not cut: a cut text teaches never to end."""
+    if len(prompt_ids) > cfg.max_prompt_length:
+        return f"prompt above --max-prompt-length {cfg.max_prompt_length}"
+    if max(map(len, responses_ids), default=0) > cfg.response_length:
+        return f"response above --response-length {cfg.response_length}"
+    return None
 
 
 def hold_out(rows, most, seed):
@@ -263,31 +333,77 @@ def pad(sequences, pad_id, side):
 
 
 # === Tokenizers ===================================================================================
-def load_tokenizer(path, made_by=None):
+def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True):
     """The tokenizer of a folder or hub id, with an EOS token and another pad token.
 
     pad = EOS harms only code that finds the end of a text by asking "is this pad?". Nothing here
     does, but transformers' sequence classification does: it would read the token before the EOS.
     """
-    tokenizer = _load(AutoTokenizer, path, made_by)
-    if tokenizer.eos_token_id is None:
+    tokenizer = _load(AutoTokenizer, path, made_by, trust_remote_code)
+    if tokenizer.eos_token_id is None and needs_eos:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no text could end; set one")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     return tokenizer
 
 
-def encode_prompt(tokenizer, text):
-    """Token ids of a prompt, with one BOS in front if this tokenizer begins its texts with it."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = [tokenizer.bos_token_id]
-    begins_with_bos = tokenizer("a")["input_ids"][:1] == bos
-    return bos + ids if begins_with_bos and ids[:1] != bos else ids
+def encode(tokenizer, prompt, response=None, eos_ids=()):
+    """(prompt ids, response ids) of one text or chat. All stages make their ids here, and only here.
+
+    Args:
+        prompt: a string, or a chat up to the assistant's turn, a list of {"role", "content"}.
+        response: a string, or messages that go on with the chat; None has no ids.
+        eos_ids: what may end a response besides the tokenizer's EOS.
+
+    A string becomes its ids, with one BOS in front of the prompt if this tokenizer begins its texts
+    with it, and one EOS behind the response. A chat is rendered by the tokenizer's template twice:
+    up to the words that open the assistant's turn, and whole; what the second adds is the
+    response, up to its last EOS. The template writes BOS itself, so none is added.
+    Prompt and response are tokenised apart, as PPO must: it has the prompt before any response.
+
+    Raises:
+        ValueError: no template, or the template does not take this chat.
+    """
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    eos = [id for id in [tokenizer.eos_token_id] if id is not None]
+    if isinstance(prompt, str):
+        if response is not None and not isinstance(response, str):
+            raise ValueError("has a string as the prompt and messages as the response")
+        bos, prompt_ids = [tokenizer.bos_token_id], ids(prompt)
+        begins_with_bos = tokenizer("a")["input_ids"][:1] == bos and prompt_ids[:1] != bos
+        prompt_ids = bos + prompt_ids if begins_with_bos else prompt_ids
+        return prompt_ids, [] if response is None else ids(response) + eos
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
+    opening = _render(tokenizer, prompt, add_generation_prompt=True)
+    if response is None:
+        return ids(opening), []
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    whole = _render(tokenizer, prompt + response)
+    if not whole.startswith(opening):
+        raise ValueError("does not fit the chat template: a reply is not rendered as the chat so far"
+                         " and more, so no model that continues the one could write the other")
+    response_ids = ids(whole[len(opening) :])
+    ends = [i for i, id in enumerate(response_ids) if id in {*eos, *eos_ids}]
+    return ids(opening), response_ids[: ends[-1] + 1] if ends else response_ids + eos
 
 
-def encode_response(tokenizer, text):
-    """Token ids of a response and its EOS. Prompt ids + response ids are the whole sequence."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+def _render(tokenizer, messages, **options):
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"holds messages, but the tokenizer of {tokenizer.name_or_path or 'this model'} has no "
+            "chat template; write plain strings, or give the tokenizer a template"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # templates are programs and raise what they like
+        raise ValueError(f"does not fit the chat template: {error}") from error
+
+
+def shown(prompt):
+    """A prompt as one text for the screen: of a chat, the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def eos_token_ids(tokenizer, model):
@@ -298,37 +414,49 @@ def eos_token_ids(tokenizer, model):
 
 
 # === Models =======================================================================================
-def _load(auto_class, path, made_by, **options):
-    """`auto_class.from_pretrained`: no remote code, no pickles; `made_by` is what makes `path`."""
+@functools.cache
+def _say_that_the_hub_is_asked(path):
+    print(f"  {path} is no folder here: looking for it on the Hugging Face hub", flush=True)
+
+
+def _load(auto_class, path, made_by, trust_remote_code, **options):
+    """`auto_class.from_pretrained`: no pickles, no code unasked; `made_by` is what makes `path`."""
     if "dtype" in options:  # a model
         options |= {"use_safetensors": True, "output_loading_info": True}
     hint = f"; make it with: {made_by}" if made_by else ""
-    if hint and not os.path.isdir(path) and path.split("/")[0] == "ckpt":
-        raise UserError(f"there is no folder {path}{hint}")  # no use in asking the hub
+    if not os.path.isdir(path):
+        if hint and path.split("/")[0] == "ckpt":
+            raise UserError(f"there is no folder {path}{hint}")  # no use in asking the hub
+        _say_that_the_hub_is_asked(path)
     try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
+        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
         what = "can't be loaded" if os.path.isdir(path) else "is no folder and can't be fetched"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if "trust_remote_code=True" in str(error):
+            lines = ["it brings code of its own, which is run only with --trust-remote-code"]
+        reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")
         raise UserError(f"{path} {what}: {reason}{hint}") from error
 
 
-def _config_without_dropout(path, made_by, **options):
+def _config_without_dropout(path, made_by, trust_remote_code, **options):
     """The model's config with all dropout off: two passes under two masks are two policies."""
-    config = _load(AutoConfig, path, made_by, **options)
+    config = _load(AutoConfig, path, made_by, trust_remote_code, **options)
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def load_causal_lm(path, tokenizer, made_by=None):
+def load_causal_lm(path, tokenizer, made_by=None, trust_remote_code=False):
     """A causal LM in float32, without dropout, with an embedding for each of the tokens.
 
     The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
     """
-    config = _config_without_dropout(path, made_by)
-    model, info = _load(AutoModelForCausalLM, path, made_by, config=config, dtype=torch.float32)
+    config = _config_without_dropout(path, made_by, trust_remote_code)
+    model, info = _load(
+        AutoModelForCausalLM, path, made_by, trust_remote_code, config=config, dtype=torch.float32
+    )
     if info["missing_keys"]:
         raise UserError(f"{path} is no causal LM: it has no {sorted(info['missing_keys'])[0]}")
     fit_embeddings(model, tokenizer)
@@ -348,29 +476,62 @@ def set_generation_defaults(model, tokenizer, temperature=1.0):
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id  # a reward model reads these
 
 
-def load_scalar_model(path, tokenizer, made_by=None):
-    """(model, head_is_new): a sequence classifier with one label in float32, without dropout.
+def _load_classifier(path, made_by, trust_remote_code):
+    """(one-label sequence classifier, names of the weights that `path` does not hold)."""
+    config = _config_without_dropout(path, made_by, trust_remote_code)
+    is_classifier = "SequenceClassification" in str(config.architectures)
+    if is_classifier and config.num_labels != 1:
+        raise UserError(f"{path} has {config.num_labels} labels; a reward model has one")
+    config.num_labels = 1
+    mean, deviation = score_scale(config)
+    if not (math.isfinite(mean) and 0 < deviation < math.inf):
+        raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
+    model, info = _load(
+        AutoModelForSequenceClassification, path, made_by, trust_remote_code, config=config,
+        dtype=torch.float32,
+    )
+    return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+
+def load_scalar_model(path, tokenizer, made_by=None, trust_remote_code=False):
+    """(model, head_is_new): a decoder that scores each token, in float32, without dropout.
 
     From the folder of a causal LM it is that trunk with a new, untrained head.
     """
-    config = _config_without_dropout(path, made_by, num_labels=1)
-    for name, neutral in (("reward_mean", 0.0), ("reward_std", 1.0)):
-        setattr(config, name, getattr(config, name, neutral))
-    if not (math.isfinite(config.reward_mean) and 0 < config.reward_std < math.inf):
-        raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
-    model, info = _load(
-        AutoModelForSequenceClassification, path, made_by, config=config, dtype=torch.float32
-    )
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+    model, missing = _load_classifier(path, made_by, trust_remote_code)
+    if not has_token_head(model):
         raise UserError(f"{path} is a {type(model).__name__}; only decoders with a head are read")
-    lost = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
+    lost = [key for key in missing if not key.startswith("score.")]
     if lost:
         raise UserError(f"{path} is not whole: it has no {lost[0]}")
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, bool(info["missing_keys"] or info["mismatched_keys"])
+    return model, bool(missing)
+
+
+def has_token_head(model):
+    """Is it a decoder whose score is one linear layer on a token's last hidden state?"""
+    return isinstance(getattr(model, "score", None), torch.nn.Linear)
+
+
+def load_text_scorer(path, made_by=None, trust_remote_code=False):
+    """(model, tokenizer) of any one-label sequence classifier, to be asked about texts.
+
+    Its own forward finds the token that it was trained to read, which depends on its pad token; so
+    that stays as it is, and only a tokenizer without one gets a new one, to fill batches with.
+    """
+    tokenizer = _load(AutoTokenizer, path, made_by, trust_remote_code)
+    model, missing = _load_classifier(path, made_by, trust_remote_code)
+    if missing:
+        raise UserError(f"{path} has no trained reward head: it has no {missing[0]}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        fit_embeddings(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 def fit_embeddings(model, tokenizer):
@@ -400,10 +561,15 @@ def position_ids(attention_mask):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def score_scale(config):
+    """(mean, deviation) that the scores of a reward model are taken by; it may have none yet."""
+    return getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+
+
 def token_scores(model, tokens, attention_mask):
     """The scalar model's output at each token, (B, T) float32: score or value of the text so far.
 
-    In the unit of `reward_mean` and `reward_std`: reference completions have mean 0, deviation 1.
+    In the unit of `score_scale`: reference completions have mean 0 and deviation 1.
     """
     hidden = model.base_model(
         input_ids=tokens, attention_mask=attention_mask, use_cache=False,
@@ -411,7 +577,8 @@ def token_scores(model, tokens, attention_mask):
     ).last_hidden_state  # (B, T, width)
     with torch.autocast(tokens.device.type, enabled=False):  # bf16 keeps three digits of a score
         scores = model.score(hidden.float()).squeeze(-1)
-    return (scores - model.config.reward_mean) / model.config.reward_std
+    mean, deviation = score_scale(model.config)
+    return (scores - mean) / deviation
 
 
 def last_token_index(attention_mask):
@@ -479,6 +646,28 @@ def prepare_output(output):
         raise UserError(f"--output {output} holds files of something else; name a new folder")
 
 
+def open_log(output, tensorboard=False):
+    """A function that adds a row to metrics.jsonl and, if asked, its numbers to TensorBoard."""
+    writer = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            message = "--tensorboard needs the package tensorboard; pip install tensorboard"
+            raise UserError(message) from None
+        writer = SummaryWriter(pathlib.Path(output) / "tensorboard")
+
+    def log(row):
+        append_json_line(pathlib.Path(output) / "metrics.jsonl", row)
+        for name, value in row.items():
+            if writer and name != "iteration" and isinstance(value, (int, float)):
+                writer.add_scalar(f"{row.get('split', 'train')}/{name}", value, row["iteration"])
+        if writer:
+            writer.flush()
+
+    return log
+
+
 def append_json_line(path, row):
     """Add a row to a JSON Lines file; a number that is not finite becomes null."""
     is_nan = lambda value: isinstance(value, float) and not math.isfinite(value)
@@ -488,8 +677,11 @@ def append_json_line(path, row):
 
 
 @contextlib.contextmanager
-def written_whole(output):
-    """An empty folder beside `output` that takes its place when the block ends without an error."""
+def written_whole(output, carried=()):
+    """An empty folder beside `output` that takes its place when the block ends without an error.
+
+    Entries of the old folder named in `carried` are moved into the new one: files still open.
+    """
     output = pathlib.Path(output)
     fresh, replaced = pathlib.Path(f"{output}.new"), pathlib.Path(f"{output}.old")
     for leftover in (fresh, replaced):
@@ -503,4 +695,7 @@ def written_whole(output):
     if output.exists():
         output.rename(replaced)
     fresh.rename(output)
+    for name in carried:
+        if (replaced / name).exists():
+            (replaced / name).rename(output / name)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -84,10 +84,10 @@ from common import UserError, arg
 @dataclass(frozen=True)
 class Config:
     policy: str = arg("ckpt/sft", "causal LM to train, and the reference", "models and data")
-    reward: str = arg("ckpt/reward_model", "model, or file.py:function(prompts, responses, rows)")
+    reward: list[str] = arg(["ckpt/reward_model"], "models or file.py:function; several are summed")
     judge: str | None = arg(None, "file.py:function, the true reward; reported, not trained on")
-    prompts: str = arg(str(common.DATA / "prompts.jsonl"), "JSONL rows with a prompt")
-    eval_prompts: str | None = arg(None, "held-out prompts; else up to 128 of --prompts")
+    prompts: list[str] = arg([str(common.DATA / "prompts.jsonl")], "JSONL rows with a prompt")
+    eval_prompts: list[str] | None = arg(None, "held-out prompts; else up to 128 of --prompts")
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
 
     iterations: int = arg(30, "rollouts, each followed by an update", "rollout")
@@ -130,6 +130,8 @@ class Config:
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     explain: bool = arg(False, "print a response token by token, at evaluations")
+    tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
+    trust_remote_code: bool = arg(False, "run code that comes with --policy or --reward")
 
 
 # Learning rates by number of parameters. What suits a tiny model ruins a large one within an
@@ -163,22 +165,24 @@ def check_config(cfg):
 
 def with_embedded_defaults(cfg):
     """The embedded prompts come with held-out ones and with a judge that knows the true reward."""
-    if cfg.prompts != Config.prompts:
+    if cfg.prompts != Config().prompts:
         return cfg
     judge = cfg.judge or f"{common.DATA / 'true_reward.py'}:true_reward"
-    eval_prompts = cfg.eval_prompts or str(common.DATA / "heldout_prompts.jsonl")
+    eval_prompts = cfg.eval_prompts or [str(common.DATA / "heldout_prompts.jsonl")]
     return dataclasses.replace(cfg, judge=judge, eval_prompts=eval_prompts)
 
 
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
 # FORK: other prompt data become rows with a "prompt" here.
-def load_prompts(path, tokenizer, max_prompt_length):
-    """The rows of a prompt file that fit, each with its token ids under "prompt_ids"."""
-    rows = common.read_rows(path, [("prompt",)])
-    rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in rows]
-    kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= max_prompt_length]
-    common.report_dropped(len(rows) - len(kept), len(rows), path)
-    return kept
+def load_prompts(paths, tokenizer, cfg, source):
+    """The rows of prompt files that fit, each with its token ids under "prompt_ids"."""
+
+    def convert(row):
+        prompt_ids, _ = common.encode(tokenizer, row["prompt"])
+        reason = common.too_long(cfg, prompt_ids) if prompt_ids else "empty"
+        yield reason or row | {"prompt_ids": prompt_ids}
+
+    return common.convert_rows(common.read_rows(paths, [("prompt",)]), convert, source)
 
 
 def endless_batches(rows, batch_size, rng):
@@ -251,11 +255,14 @@ def load_function(spec):
 
 
 # FORK: a reward of your own is one function(prompts, responses, rows) -> a float per response.
+# A prompt is what the row holds, a string or a chat; a response is a string.
 def call_reward(function, rows, responses):
     """Scores (B,) float32 from a Python function, checked to be one finite number per response."""
     name = getattr(function, "__name__", "the reward function") + "()"
     try:
         scores = function([row["prompt"] for row in rows], responses, rows)
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({place.filename} line {place.lineno})"
@@ -277,24 +284,68 @@ def call_reward(function, rows, responses):
     return torch.tensor([float(score) for score in scores])
 
 
-@torch.no_grad()
-def score_responses(reward, tokens, attention_mask, rows, responses, cfg):
-    """One score per response, (B,) float32: a function's as it is, a reward model's normalised.
+class TextScorer:
+    """A reward model that reads other tokens than the policy writes, as a function of texts.
 
-    The reward model reads prompt and response as the policy wrote them, token by token, and is
-    asked at the last attended token, the EOS if there is one. Its folder holds the mean and the
-    deviation of scores on its training pairs, and token_scores applies them.
+    Each text is encoded as this model expects it: by its chat template if it has one (a prompt that
+    is no chat becomes the user's message), as a pair of texts if it is an encoder, else as prompt,
+    response and EOS. Texts do not show whether a response ended, so a cut one is read as ended;
+    --missing-eos-penalty makes up for it.
     """
-    if not isinstance(reward, torch.nn.Module):
-        return call_reward(reward, rows, responses).to(tokens.device)
-    scores = []
-    size = cfg.microbatch_size
-    for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
-        last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
-        with common.arithmetic(tokens.device, cfg.dtype):
-            token_scores = common.token_scores(reward, micro_tokens, micro_mask)  # (b, P+R)
-        scores.append(token_scores.gather(1, last_index).squeeze(1))
-    return torch.cat(scores)
+
+    def __init__(self, classifier, tokenizer, cfg, device):
+        self.classifier = classifier.requires_grad_(False).to(device)
+        self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
+        self.config, self.__name__ = classifier.config, tokenizer.name_or_path
+
+    def encode(self, prompt, response):
+        """The inputs of the model for one prompt and response: lists under "input_ids" and so on."""
+        if self.tokenizer.chat_template:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt_ids, response_ids = common.encode(self.tokenizer, chat, response.strip())
+        elif isinstance(prompt, str) and not common.has_token_head(self.classifier):
+            return dict(self.tokenizer(prompt, response.strip()))
+        else:
+            prompt_ids, response_ids = common.encode(self.tokenizer, prompt, response)
+        return {"input_ids": prompt_ids + response_ids}
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses, rows):
+        """A float per response, normalised."""
+        inputs = [self.encode(*texts) for texts in zip(prompts, responses)]
+        longest = max(len(each["input_ids"]) for each in inputs)
+        common.check_context(self.classifier, longest, "--max-prompt-length or --response-length")
+        scores, (mean, deviation) = [], common.score_scale(self.config)
+        for start in range(0, len(inputs), self.cfg.microbatch_size):
+            some = inputs[start : start + self.cfg.microbatch_size]
+            padded = self.tokenizer.pad(some, padding_side="right", return_tensors="pt")
+            with common.arithmetic(self.device, self.cfg.dtype):
+                scores += self.classifier(**padded.to(self.device)).logits[:, 0].float().tolist()
+        return [(score - mean) / deviation for score in scores]
+
+
+@torch.no_grad()
+def score_responses(scorers, tokens, attention_mask, rows, responses, cfg):
+    """One score per response, (B,) float32: the sum over `scorers`, usually one.
+
+    A function's value counts as it is, a reward model's is normalised. A reward model reads prompt
+    and response as the policy wrote them, token by token, and is asked at the last attended
+    token, the EOS if there is one. One with other tokens is asked as a function (TextScorer).
+    """
+    scores = torch.zeros(len(tokens), device=tokens.device)
+    for scorer in scorers:
+        if not isinstance(scorer, torch.nn.Module):
+            scores += call_reward(scorer, rows, responses).to(tokens.device)
+            continue
+        parts = []
+        size = cfg.microbatch_size
+        for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
+            last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
+            with common.arithmetic(tokens.device, cfg.dtype):
+                token_scores = common.token_scores(scorer, micro_tokens, micro_mask)  # (b, P+R)
+            parts.append(token_scores.gather(1, last_index).squeeze(1))
+        scores += torch.cat(parts)
+    return scores
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
@@ -528,7 +579,7 @@ def update_statistics(policy_losses, value_losses, ratio, clip_eps, num_tokens, 
 
 # === 7. Held-out evaluation (not part of the algorithm) ===========================================
 @torch.no_grad()
-def evaluate(policy, ref_policy, reward, judge, rows, tokenizer, cfg, device):
+def evaluate(policy, ref_policy, scorers, judge, rows, tokenizer, cfg, device):
     """One response to each held-out prompt, from the same random numbers at every call.
 
     Returns:
@@ -541,7 +592,7 @@ def evaluate(policy, ref_policy, reward, judge, rows, tokenizer, cfg, device):
             some = rows[start : start + cfg.batch_size]
             tokens, attention_mask, response_mask, _ = sample_responses(policy, some, cfg, device)
             responses = decode_responses(tokens, response_mask, tokenizer)
-            scores = score_responses(reward, tokens, attention_mask, some, responses, cfg)
+            scores = score_responses(scorers, tokens, attention_mask, some, responses, cfg)
             truths = call_reward(judge, some, responses).tolist() if judge else [None] * len(some)
             logprobs, ref_logprobs, _, _ = evaluate_tokens(
                 policy, None, ref_policy, tokens, attention_mask, response_mask.shape[1], cfg
@@ -640,10 +691,10 @@ def health_warnings(history):
     return {name: f"{what}. Usual causes: {causes}" for name, seen, what, causes in rules if seen}
 
 
-def show_iteration(output, progress, history, told):
+def show_iteration(log, progress, history, told):
     """Log the last row, put it on the bar, and tell of each symptom once; `told` has the told."""
     row = history[-1]
-    common.append_json_line(output / "metrics.jsonl", row)
+    log(row)
     shown = {"score": "score", "true": "true_reward", "kl": "kl", "length": "response_length"}
     shown = {short: f"{row[key]:.2f}" for short, key in shown.items() if row[key] is not None}
     progress.set_postfix(shown)
@@ -671,9 +722,18 @@ def explain_response(tokenizer, batch, ref_logprobs, rewards, advantages, row=0)
 
 def print_report(cfg, models, lrs, tokenizer, rows, eval_rows):
     """What will run: the models, the batch arithmetic, the learning rates, the special tokens."""
-    for (role, model), trained in zip(models.items(), (True, False, True, False)):
+    policy, ref_policy, critic, scorers = models
+    print(common.describe("policy", policy, True))
+    print(common.describe("ref policy", ref_policy, False))
+    print(common.describe("critic", critic, True))
+    for scorer, spec in zip(scorers, cfg.reward):
+        model = getattr(scorer, "classifier", scorer)
         is_model = isinstance(model, torch.nn.Module)
-        print(common.describe(role, model, trained) if is_model else f"  {role:<14}{cfg.reward}")
+        print(common.describe("reward", model, False) if is_model else f"  {'reward':<14}{spec}")
+        if isinstance(scorer, TextScorer):
+            print(f"  {'':<14}{spec} has other tokens: responses are decoded and encoded for it")
+    if cfg.critic == "separate" and not isinstance(scorers[0], torch.nn.Module):
+        print(f"  {'':<14}the critic starts from the policy, with a head of zeros")
     num_minibatches = cfg.batch_size // cfg.minibatch_size
     num_micro = math.ceil(cfg.minibatch_size / cfg.microbatch_size)
     print(
@@ -685,7 +745,7 @@ def print_report(cfg, models, lrs, tokenizer, rows, eval_rows):
         f"micro-batches of up to {cfg.microbatch_size}\n"
         f"  lr {lrs[0]:g}, critic lr {lrs[1]:g} (by model size, unless --lr, --critic-lr are given)"
     )
-    common.print_tokens(tokenizer, models["policy"], rows[0]["prompt_ids"])
+    common.print_tokens(tokenizer, policy, rows[0]["prompt_ids"])
 
 
 def print_result(before, after, baseline, samples, output):
@@ -695,18 +755,18 @@ def print_result(before, after, baseline, samples, output):
         if before[key] is not None:
             print(f"{key:<18}{before[key]:>9.3f}{after[key]:>9.3f}")
     for old, new in list(zip(baseline, samples))[:3]:
-        print(f"\n  {new['prompt']}")
+        print(f"\n  {common.shown(new['prompt'])}")
         for name, sample in (("SFT", old), ("PPO", new)):
             truth = sample["true_reward"]
             truth = "" if truth is None else f", true {truth:.2f}"
             print(f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}")
+    prompt = samples[0]["prompt"]
+    prompt = prompt[:66] if isinstance(prompt, str) else [prompt[-1]]
     print(f'''
 wrote {output}, an ordinary Hugging Face folder; to load and try it:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("{output}")
-    tokenizer = AutoTokenizer.from_pretrained("{output}")
-    prompt = tokenizer({json.dumps(samples[0]["prompt"][:66])}, return_tensors="pt")
-    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))''')
+    from transformers import pipeline
+    generate = pipeline("text-generation", "{output}")
+    print(generate({json.dumps(prompt)}, max_new_tokens=64))''')
 
 
 def start_logs(output):
@@ -718,11 +778,10 @@ def start_logs(output):
     return output
 
 
-def log_evaluation(output, iteration, samples, baseline):
+def log_evaluation(log, output, iteration, samples, baseline):
     """Write the `eval` row, and 16 samples beside the SFT policy's; the summary."""
     summary = summarize(samples, baseline)
-    head = {"split": "eval", "iteration": iteration}
-    common.append_json_line(output / "metrics.jsonl", head | summary)
+    log({"split": "eval", "iteration": iteration} | summary)
     for sample, old in list(zip(samples, baseline))[:16]:
         row = {"iteration": iteration} | sample | {"sft_response": old["response"]}
         common.append_json_line(output / "samples.jsonl", row)
@@ -731,7 +790,7 @@ def log_evaluation(output, iteration, samples, baseline):
 
 def save_checkpoint(output, policy, critic, tokenizer, cfg):
     """Policy, critic, flags and logs so far, as one folder that is there whole or not at all."""
-    with common.written_whole(output) as folder:
+    with common.written_whole(output, carried=["tensorboard"]) as folder:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if cfg.critic == "separate":
@@ -746,20 +805,38 @@ def save_checkpoint(output, policy, critic, tokenizer, cfg):
 
 
 # === 9. Models and main loop: sections 1 to 6 in order ============================================
-def load_reward(cfg, tokenizer):
-    """The reward, as a Python function or a frozen reward model that shares the policy's tokens."""
-    if ".py" in cfg.reward and not os.path.isdir(cfg.reward):
-        return load_function(cfg.reward)
-    made_by = "python reward_model.py"
-    if common.load_tokenizer(cfg.reward, made_by).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{cfg.reward} reads other tokens than {cfg.policy} writes; train a reward model "
-            f"from this policy: {made_by} --model {cfg.policy}"
-        )
-    reward_model, head_is_new = common.load_scalar_model(cfg.reward, tokenizer, made_by)
+def load_scorer(spec, cfg, tokenizer, device):
+    """A function, a frozen reward model that reads the policy's tokens, or else a TextScorer."""
+    if ".py" in spec and not os.path.isdir(spec):
+        return load_function(spec)
+    made_by, trust = "python reward_model.py", cfg.trust_remote_code
+    theirs = common.load_tokenizer(spec, made_by, trust, needs_eos=False)
+    same_tokens = theirs.get_vocab() == tokenizer.get_vocab()
+    if not same_tokens or theirs.chat_template != tokenizer.chat_template:
+        classifier, theirs = common.load_text_scorer(spec, made_by, trust)
+        return TextScorer(classifier, theirs, cfg, device)
+    reward_model, head_is_new = common.load_scalar_model(spec, tokenizer, made_by, trust)
     if head_is_new:
-        raise UserError(f"{cfg.reward} has no trained reward head; make one with: {made_by}")
-    return reward_model.requires_grad_(False)
+        raise UserError(f"{spec} has no trained reward head; make one with: {made_by}")
+    return reward_model.requires_grad_(False).to(device)
+
+
+def measure_score_scale(scorers, policy, ref_policy, rows, tokenizer, cfg, device):
+    """Give reward models from elsewhere the scale that reward_model.py would have given them.
+
+    Mean and deviation of their scores on the SFT policy's responses become 0 and 1.
+    """
+    for scorer, spec in zip(scorers, cfg.reward):
+        config = getattr(scorer, "config", None)  # a function has none, and is taken as it is
+        if config is None or hasattr(config, "reward_mean"):
+            continue
+        samples = evaluate(policy, ref_policy, [scorer], None, rows, tokenizer, cfg, device)
+        scores = torch.tensor([sample["score"] for sample in samples])
+        mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+        if not 0 < deviation < math.inf:
+            raise UserError(f"{spec} gives all responses of {cfg.policy} the score {mean:g}")
+        config.reward_mean, config.reward_std = mean, deviation
+        print(f"  {spec}: scores are taken by mean {mean:.3f} and deviation {deviation:.3f}")
 
 
 def load_critic(cfg, reward, policy, tokenizer):
@@ -775,30 +852,32 @@ def load_critic(cfg, reward, policy, tokenizer):
     elif isinstance(reward, torch.nn.Module):
         return copy.deepcopy(reward).requires_grad_(True)
     else:
-        critic, _ = common.load_scalar_model(cfg.policy, tokenizer)
+        trust = cfg.trust_remote_code
+        critic, _ = common.load_scalar_model(cfg.policy, tokenizer, trust_remote_code=trust)
         head = critic.score
     torch.nn.init.zeros_(head.weight)
     return critic
 
 
-def load_models(cfg, tokenizer, device):
-    """policy, ref_policy, critic and reward, on the device; the reward may be a function.
+def load_models(cfg, tokenizer, rows, device):
+    """policy, ref_policy, critic and the list of scorers, on the device.
 
     Weights are float32, since an Adam step of 3e-6 is lost in bf16 weights, and dropout is off in
     every model, since two passes with two dropout masks are two policies: the ratio would not be 1.
     """
-    policy = common.load_causal_lm(cfg.policy, tokenizer, made_by="python sft.py")
+    made_by, trust = "python sft.py", cfg.trust_remote_code
+    policy = common.load_causal_lm(cfg.policy, tokenizer, made_by, trust).to(device)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    reward = load_reward(cfg, tokenizer)
-    critic = load_critic(cfg, reward, policy, tokenizer)
-    models = [policy, ref_policy, critic, reward]
-    for model in models if isinstance(reward, torch.nn.Module) else models[:3]:
-        model.to(device)
+    scorers = [load_scorer(spec, cfg, tokenizer, device) for spec in cfg.reward]
+    longest = max(len(row["prompt_ids"]) for row in rows) + cfg.response_length
+    common.check_context(policy, longest, "--max-prompt-length or --response-length")
+    measure_score_scale(scorers, policy, ref_policy, rows[:256], tokenizer, cfg, device)
+    critic = load_critic(cfg, scorers[0], policy, tokenizer).to(device)
     if cfg.gradient_checkpointing:
         for model in (policy, critic) if cfg.critic == "separate" else (policy,):
             common.enable_gradient_checkpointing(model)
-    return models
+    return policy, ref_policy, critic, scorers
 
 
 def main(cfg):
@@ -809,16 +888,15 @@ def main(cfg):
     common.prepare_output(cfg.output)
 
     # -- setup: data, models, optimizer
-    tokenizer = common.load_tokenizer(cfg.policy, made_by="python sft.py")
-    rows = load_prompts(cfg.prompts, tokenizer, cfg.max_prompt_length)
+    tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
+    rows = load_prompts(cfg.prompts, tokenizer, cfg, "prompts")
     if cfg.eval_prompts is not None:
-        eval_rows = load_prompts(cfg.eval_prompts, tokenizer, cfg.max_prompt_length)
+        eval_rows = load_prompts(cfg.eval_prompts, tokenizer, cfg, "held out")
     else:
         rows, eval_rows = common.hold_out(rows, 128, cfg.seed)
     judge = None if cfg.judge is None else load_function(cfg.judge)
-    policy, ref_policy, critic, reward = load_models(cfg, tokenizer, device)
-    longest = max(len(row["prompt_ids"]) for row in rows + eval_rows) + cfg.response_length
-    common.check_context(policy, longest, "--max-prompt-length or --response-length")
+    models = load_models(cfg, tokenizer, rows + eval_rows, device)
+    policy, ref_policy, critic, scorers = models
     lr = common.by_size(cfg.lr, LR_BY_SIZE, policy)
     sized = policy if cfg.critic == "shared" else critic
     critic_lr = common.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
@@ -828,13 +906,13 @@ def main(cfg):
     ]
     optimizer = torch.optim.Adam(groups, eps=1e-5)  # eps: OpenAI's choice, see Huang et al. 2024
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
-    models = {"policy": policy, "ref policy": ref_policy, "critic": critic, "reward": reward}
     print_report(cfg, models, (lr, critic_lr), tokenizer, rows, eval_rows)
 
     # -- held-out evaluation of the start: the SFT policy, which later ones are compared with
-    baseline = evaluate(policy, ref_policy, reward, judge, eval_rows, tokenizer, cfg, device)
+    baseline = evaluate(policy, ref_policy, scorers, judge, eval_rows, tokenizer, cfg, device)
     output = start_logs(cfg.output)
-    before = log_evaluation(output, 0, baseline, baseline)
+    log = common.open_log(output, cfg.tensorboard)
+    before = log_evaluation(log, output, 0, baseline, baseline)
     kl_coef, history, told = cfg.kl_coef, [], set()
     value_clip_eps = cfg.value_clip_eps if cfg.advantage == "gae" else None  # None is eq. 6b
     batches = endless_batches(rows, cfg.batch_size, random.Random(cfg.seed))
@@ -851,7 +929,7 @@ def main(cfg):
         clock.append(common.now(device))
 
         # 2. SCORE       tokens -> scores (B,); a text that was cut loses the penalty
-        scores = score_responses(reward, tokens, attention_mask, prompt_rows, responses, cfg)
+        scores = score_responses(scorers, tokens, attention_mask, prompt_rows, responses, cfg)
         final_scores = scores - cfg.missing_eos_penalty * (~ended).float()
 
         # 3. EVALUATE    tokens -> logprobs, ref_logprobs, values, entropy (B, R)
@@ -917,13 +995,15 @@ def main(cfg):
             grad_norms, clock,
         )
         history.append(row)
-        show_iteration(output, progress, history, told)
+        show_iteration(log, progress, history, told)
         schedule.step()
         kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
         is_last = iteration == cfg.iterations
         if is_last or iteration % cfg.eval_every == 0:
-            samples = evaluate(policy, ref_policy, reward, judge, eval_rows, tokenizer, cfg, device)
-            after = log_evaluation(output, iteration, samples, baseline)
+            samples = evaluate(
+                policy, ref_policy, scorers, judge, eval_rows, tokenizer, cfg, device
+            )
+            after = log_evaluation(log, output, iteration, samples, baseline)
         if cfg.explain and (is_last or iteration == 1 or iteration % cfg.eval_every == 0):
             progress.write(explain_response(tokenizer, batch, ref_logprobs, rewards, advantages))
         if is_last or iteration % cfg.save_every == 0:

@@ -34,6 +34,8 @@ Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one
 """
 
 import math
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,8 +54,8 @@ from common import UserError, arg
 @dataclass(frozen=True)
 class Config:
     model: str = arg("ckpt/sft", "causal LM, or a reward model to train on", "model and data")
-    data: str = arg(str(common.DATA / "preferences.jsonl"), "JSONL: prompt, chosen and rejected")
-    eval_data: str | None = arg(None, "held-out pairs; else a tenth of --data, at most 512")
+    data: list[str] = arg([str(common.DATA / "preferences.jsonl")], "JSONL files; see the README")
+    eval_data: list[str] | None = arg(None, "held-out pairs; else a tenth of --data, at most 512")
     output: str = arg("ckpt/reward_model", "folder for the trained model")
     max_prompt_length: int = arg(512, "in tokens; pairs above are dropped and counted")
     response_length: int = arg(512, "in tokens, EOS included; pairs above are dropped and counted")
@@ -70,6 +72,7 @@ class Config:
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    trust_remote_code: bool = arg(False, "run code that comes with --model")
 
 
 # Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
@@ -96,17 +99,63 @@ def init_head(model):
 
 # === 2. Data ======================================================================================
 # FORK: other data formats become a prompt, a chosen and a rejected response here.
-def encode_rows(rows, tokenizer, cfg, source):
-    """[(chosen ids, rejected ids)], each prompt and response with EOS, without too long ones."""
-    pairs = []
-    for row in rows:
-        prompt = common.encode_prompt(tokenizer, row["prompt"])
-        responses = [common.encode_response(tokenizer, row[key]) for key in ("chosen", "rejected")]
-        longest = max(map(len, responses))
-        if len(prompt) <= cfg.max_prompt_length and longest <= cfg.response_length:
-            pairs.append(tuple(prompt + response for response in responses))
-    common.report_dropped(len(rows) - len(pairs), len(rows), source)
-    return pairs
+def row_dialogues(row):
+    """(prompt, chosen, rejected) of a data row, as `common.encode` takes them.
+
+    Without a "prompt", or where chosen and rejected are chats, they may be whole dialogues: then
+    what both begin with is the prompt.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("has a string as one response and messages as the other")
+    if isinstance(chosen, str):
+        return (prompt, chosen, rejected) if "prompt" in row else split_texts(chosen, rejected)
+    if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
+        chosen, rejected = prompt + chosen, prompt + rejected
+    return split_chats(chosen, rejected)
+
+
+def split_texts(chosen, rejected):
+    """(common prompt, rest of chosen, rest of rejected) of two whole dialogues as strings.
+
+    In the format of Anthropic's HH data the prompt ends with the last "Assistant:" that both have.
+    Without one it ends before the word in which they part: cut within a word, or behind the space,
+    the rest would have other tokens than in any other text.
+    """
+    opening, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
+    if marker in opening:
+        length = opening.rindex(marker) + len(marker)
+    else:
+        length = len(re.sub(r"\s*\S*$", "", opening))
+    return opening[:length], chosen[length:], rejected[length:]
+
+
+def split_chats(chosen, rejected):
+    """(common messages, rest of chosen, rest of rejected), each rest the assistant's to begin."""
+    for rest in (chosen, rejected):
+        if rest[-1]["role"] != "assistant":
+            raise ValueError("has a chat that does not end with the assistant's message")
+    length = 0
+    for i, (one, other) in enumerate(zip(chosen, rejected)):
+        if i and one["role"] == other["role"] == "assistant":
+            length = i
+        if one != other:
+            break
+    if length == 0:
+        raise ValueError("has two chats that share no message which the assistant answers")
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def encode_row(row, tokenizer, eos_ids, cfg):
+    """The (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
+    prompt, chosen, rejected = row_dialogues(row)
+    if chosen == rejected:
+        yield "chosen and rejected the same"
+        return
+    prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids)
+    _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids)
+    reason = common.too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
+    yield reason or (prompt_ids + chosen_ids, prompt_ids + rejected_ids)
 
 
 # === 3. Scores and loss: eqs. 1-2 =================================================================
@@ -173,12 +222,12 @@ def held_out_metrics(raw_chosen, raw_rejected, pairs):
 
 # === Main loop ====================================================================================
 def load_data(cfg):
-    """(training rows, held-out rows, name of the held-out ones)."""
-    formats = [("prompt", "chosen", "rejected")]
+    """(training rows, held-out rows)."""
+    formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
     rows = common.read_rows(cfg.data, formats)
     if cfg.eval_data is not None:
-        return rows, common.read_rows(cfg.eval_data, formats), cfg.eval_data
-    return *common.hold_out(rows, 512, cfg.seed), f"the held-out part of {cfg.data}"
+        return rows, common.read_rows(cfg.eval_data, formats)
+    return common.hold_out(rows, 512, cfg.seed)
 
 
 def save_and_read_back(model, tokenizer, eval_pairs, expected, metrics, cfg, device):
@@ -188,7 +237,8 @@ def save_and_read_back(model, tokenizer, eval_pairs, expected, metrics, cfg, dev
         tokenizer.save_pretrained(folder)
         for row in metrics:
             common.append_json_line(folder / "metrics.jsonl", row)
-        reloaded, _ = common.load_scalar_model(str(folder), tokenizer)
+        trust = cfg.trust_remote_code
+        reloaded, _ = common.load_scalar_model(str(folder), tokenizer, trust_remote_code=trust)
         pad_id = tokenizer.pad_token_id
         scores = score_pairs(reloaded.to(device), eval_pairs, cfg, pad_id, device, "reload")
         drift = max((new - old).abs().max().item() for new, old in zip(scores, expected))
@@ -218,15 +268,17 @@ def main(cfg):
     common.prepare_output(cfg.output)
 
     # -- setup: data, tokenizer, model, optimizer
-    rows, eval_rows, eval_source = load_data(cfg)
-    tokenizer = common.load_tokenizer(cfg.model, made_by="python sft.py")
-    model, head_is_new = common.load_scalar_model(cfg.model, tokenizer, made_by="python sft.py")
+    rows, eval_rows = load_data(cfg)
+    made_by, trust = "python sft.py", cfg.trust_remote_code
+    tokenizer = common.load_tokenizer(cfg.model, made_by, trust)
+    model, head_is_new = common.load_scalar_model(cfg.model, tokenizer, made_by, trust)
     if head_is_new:
         init_head(model)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3, below
-    pad_id = tokenizer.pad_token_id
-    pairs = encode_rows(rows, tokenizer, cfg, cfg.data)
-    eval_pairs = encode_rows(eval_rows, tokenizer, cfg, eval_source)
+    pad_id, eos_ids = tokenizer.pad_token_id, common.eos_token_ids(tokenizer, model)
+    encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
+    pairs = common.convert_rows(rows, encode, "preferences")
+    eval_pairs = common.convert_rows(eval_rows, encode, "held out")
     lengths = [max(map(len, pair)) for pair in pairs]
     longest = max(len(ids) for pair in pairs + eval_pairs for ids in pair)
     common.check_context(model, longest, "--max-prompt-length or --response-length")

@@ -46,8 +46,8 @@ from common import arg
 @dataclass(frozen=True)
 class Config:
     model: str | None = arg(None, "causal LM; else a tiny Llama from scratch", "model and data")
-    data: str = arg(str(common.DATA / "demonstrations.jsonl"), "JSONL: prompt, completion; or text")
-    eval_data: str | None = arg(None, "held-out rows; else a tenth of --data, at most 512")
+    data: list[str] = arg([str(common.DATA / "demonstrations.jsonl")], "JSONL files; see the README")
+    eval_data: list[str] | None = arg(None, "held-out rows; else a tenth of --data, at most 512")
     output: str = arg("ckpt/sft", "folder for the trained policy")
     max_prompt_length: int = arg(512, "in tokens; rows above are dropped and counted")
     response_length: int = arg(512, "in tokens, EOS included; rows above are dropped and counted")
@@ -64,6 +64,7 @@ class Config:
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    trust_remote_code: bool = arg(False, "run code that comes with --model")
 
 
 # Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
@@ -113,25 +114,37 @@ def tiny_llama(tokenizer, width=96):
 
 
 # === 2. Data ======================================================================================
-# FORK: other data formats become a prompt and a completion here.
-def row_texts(row):
-    """(prompt, completion) of a data row; a plain text is a completion without a prompt."""
-    is_pair = "prompt" in row and "completion" in row
-    return (row["prompt"], row["completion"]) if is_pair else ("", row["text"])
+# FORK: other data formats become prompts and completions here.
+def row_dialogues(row):
+    """[(prompt, completion)] of a data row, as `common.encode` takes them.
+
+    A text is a completion without a prompt. A chat gives one example for each of the assistant's
+    turns (of "messages") or for each in the completion: the prompt is the chat up to there.
+    """
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) or isinstance(completion, str):
+            return [(prompt, completion)]
+    elif "messages" in row:
+        prompt, completion = [], row["messages"]
+    else:
+        return [("", row["text"])]
+    chat = prompt + completion
+    turns = [i for i in range(len(prompt), len(chat)) if chat[i]["role"] == "assistant"]
+    if not turns or turns[0] == 0:
+        raise ValueError("has a chat without a message of the assistant that answers something")
+    return [(chat[:i], chat[i : i + 1]) for i in turns]
 
 
-def encode_rows(rows, tokenizer, cfg, source):
-    """[(prompt ids, completion ids with EOS)] of the rows that are not too long."""
-    examples = []
-    for prompt, completion in map(row_texts, rows):
-        prompt_ids = common.encode_prompt(tokenizer, prompt)
-        completion_ids = common.encode_response(tokenizer, completion)
-        fits = len(prompt_ids) <= cfg.max_prompt_length
-        fits = fits and len(completion_ids) <= cfg.response_length
-        if fits and len(prompt_ids) + len(completion_ids) > 1:  # a lone EOS follows nothing
-            examples.append((prompt_ids, completion_ids))
-    common.report_dropped(len(rows) - len(examples), len(rows), source)
-    return examples
+def encode_row(row, tokenizer, eos_ids, cfg):
+    """The (prompt ids, completion ids with EOS) of a row, or why there are none."""
+    for prompt, completion in row_dialogues(row):
+        prompt_ids, completion_ids = common.encode(tokenizer, prompt, completion, eos_ids)
+        if len(prompt_ids) + len(completion_ids) == 1:
+            yield "empty"  # a lone EOS follows nothing
+        else:
+            reason = common.too_long(cfg, prompt_ids, completion_ids)
+            yield reason or (prompt_ids, completion_ids)
 
 
 def collate(examples, pad_id):
@@ -180,8 +193,9 @@ def print_samples(model, tokenizer, examples, cfg, device):
     if not prompts:  # plain text on a tokenizer without BOS: nothing to start from
         return
     tokens, mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))
+    fits = max(len(x) + len(y) for x, y in examples)  # the model may have no positions beyond
     with common.arithmetic(device, cfg.dtype):
-        length = min(cfg.response_length, 64)
+        length = min(64, fits - tokens.shape[1])
         responses = common.generate_responses(model, tokens, mask, length, temperature=1.0)
     for prompt_ids, response in zip(prompts, responses):
         print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
@@ -190,12 +204,12 @@ def print_samples(model, tokenizer, examples, cfg, device):
 
 # === Main loop ====================================================================================
 def load_data(cfg):
-    """(training rows, held-out rows, name of the held-out ones)."""
-    formats = [("prompt", "completion"), ("text",)]
+    """(training rows, held-out rows)."""
+    formats = [("prompt", "completion"), ("messages",), ("text",)]
     rows = common.read_rows(cfg.data, formats)
     if cfg.eval_data is not None:
-        return rows, common.read_rows(cfg.eval_data, formats), cfg.eval_data
-    return *common.hold_out(rows, 512, cfg.seed), f"the held-out part of {cfg.data}"
+        return rows, common.read_rows(cfg.eval_data, formats)
+    return common.hold_out(rows, 512, cfg.seed)
 
 
 def main(cfg):
@@ -205,16 +219,19 @@ def main(cfg):
     common.prepare_output(cfg.output)
 
     # -- setup: data, tokenizer, model, optimizer
-    rows, eval_rows, eval_source = load_data(cfg)
+    rows, eval_rows = load_data(cfg)
     if cfg.model:
-        tokenizer = common.load_tokenizer(cfg.model)
-        model = common.load_causal_lm(cfg.model, tokenizer)
+        trust = cfg.trust_remote_code
+        tokenizer = common.load_tokenizer(cfg.model, trust_remote_code=trust)
+        model = common.load_causal_lm(cfg.model, tokenizer, trust_remote_code=trust)
     else:
-        tokenizer = train_tokenizer([text for row in rows for text in row_texts(row)])
+        texts = [text for row in rows for pair in row_dialogues(row) for text in pair]
+        tokenizer = train_tokenizer([text for text in texts if isinstance(text, str)])
         model = tiny_llama(tokenizer)
-    pad_id = tokenizer.pad_token_id
-    examples = encode_rows(rows, tokenizer, cfg, cfg.data)
-    eval_examples = encode_rows(eval_rows, tokenizer, cfg, eval_source)
+    pad_id, eos_ids = tokenizer.pad_token_id, model.generation_config.eos_token_id
+    encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
+    examples = common.convert_rows(rows, encode, "demonstrations")
+    eval_examples = common.convert_rows(eval_rows, encode, "held out")
     lengths = [len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in examples]
     longest = max(len(x) + len(y) for x, y in examples + eval_examples)
     common.check_context(model, longest, "--max-prompt-length or --response-length")

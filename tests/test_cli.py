@@ -111,12 +111,12 @@ def test_a_reward_model_is_no_policy(world, tmp_path, run_stage):
     refused(run_stage(ppo, *flags), "ppo", "is no causal LM", "lm_head")
 
 
-def test_a_reward_model_with_other_tokens_is_refused(world, tmp_path, run_stage):
+def test_a_causal_lm_with_other_tokens_is_no_reward_model(world, tmp_path, run_stage):
     tokenizer = sft.train_tokenizer(["quite other words"] * 9, 280)
     tiny_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     flags = ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "other")
-    refused(run_stage(ppo, *flags), "ppo", "reads other tokens than")
+    refused(run_stage(ppo, *flags), "ppo", "no trained reward head")
 
 
 @pytest.mark.parametrize("flags, fragments", [
@@ -160,9 +160,10 @@ def test_a_bad_reward_function_is_refused_and_says_what_it_returned(world, tmp_p
 def test_prompts_that_are_too_long_are_dropped_and_counted_and_an_error_if_none_is_left(world, tmp_path, run_stage):
     prompts = write_rows(tmp_path / "prompts.jsonl", PROMPTS + [{"prompt": "A fox. " * 50}, {"prompt": ""}])
     status, out, _ = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--prompts", prompts, "--max-prompt-length", 40))
-    assert status == 0 and f"dropped 2 of {len(PROMPTS) + 2} rows of {prompts}" in out
+    assert status == 0 and f"prompts: {len(PROMPTS) + 2} rows read, {len(PROMPTS)} examples used; " in out
+    assert "1 dropped (prompt above --max-prompt-length 40)" in out and "1 dropped (empty)" in out
     result = run_stage(ppo, *ppo_flags(world, tmp_path / "out2", "--prompts", prompts, "--max-prompt-length", 1))
-    refused(result, "ppo", f"all {len(PROMPTS) + 2} rows", "--max-prompt-length")
+    refused(result, "ppo", f"{len(PROMPTS) + 2} rows read and none can be used", "--max-prompt-length 1")
 
 
 @pytest.mark.parametrize("module", [sft, reward_model, ppo])

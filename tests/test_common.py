@@ -21,7 +21,7 @@ PAIR = [("prompt", "completion"), ("text",)]
 
 def read(tmp_path, content, formats=PAIR, name="data.jsonl"):
     (tmp_path / name).write_bytes(content)
-    return common.read_rows(str(tmp_path / name), formats)
+    return common.read_rows([str(tmp_path / name)], formats)
 
 
 def test_rows_of_either_format_bom_crlf_and_gzip_are_read_and_other_keys_kept(tmp_path):
@@ -35,7 +35,8 @@ def test_rows_of_either_format_bom_crlf_and_gzip_are_read_and_other_keys_kept(tm
     (b"", "is empty"), (b"   ", "is empty"), (b'{"text": ', "is not JSON"), (b"[1]", "is a JSON list"), (b"7", "is a JSON int"),
     (b'{"prompt": "a"}', "has the keys 'prompt'"), (b"{}", "(none)"), (b'{"text": 7}', "has a int under 'text'"),
     (b'{"text": null}', "NoneType under 'text'"), (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-    (b'{"text": "\xff"}', "is not UTF-8 at byte 10"), (b"[" * 100_000, "is not JSON"), (b'{"prompt": ["a"], "completion": "b"}', "has a list under 'prompt'"),
+    (b'{"text": "\xff"}', "is not UTF-8 at byte 10"), (b"[" * 100_000, "is not JSON"), (b'{"prompt": ["a"], "completion": "b"}', "has a list under 'prompt' whose items are not all"), (b'{"text": []}', "has an empty list under 'text', not a string;"),
+    (b'{"prompt": [{"role": "user"}], "completion": "b"}', 'not all {"role": "...", "content": "..."}'), (b'{"prompt": [{"role": "user", "content": "\\ud800"}], "completion": "b"}', "half of a surrogate pair under 'prompt'"),
 ])
 def test_a_bad_line_is_named_with_file_line_problem_and_an_example(tmp_path, line, problem):
     with pytest.raises(common.UserError) as error:
@@ -72,13 +73,14 @@ def test_prompt_and_response_ids_join_to_the_whole_text_with_one_bos_and_one_eos
     for change in (lambda t: t, with_bos, lambda t: with_bos(t, both_ends=True)):
         tokenizer = change(sft.train_tokenizer(["a fox sees a cub"] * 9, 300))
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token else []
-        prompt, response = common.encode_prompt(tokenizer, "a fox"), common.encode_response(tokenizer, " sees a cub")
+        prompt, response = common.encode(tokenizer, "a fox", " sees a cub")
+        assert common.encode(tokenizer, "a fox") == (prompt, [])  # what PPO has before it samples
         plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         assert prompt == bos + plain("a fox") and response == plain(" sees a cub") + [tokenizer.eos_token_id]
         assert tokenizer.decode(prompt + response, skip_special_tokens=True) == "a fox sees a cub"
         if bos:
-            assert common.encode_prompt(tokenizer, "<|start|>a fox") == prompt  # no second BOS
-            assert common.encode_prompt(tokenizer, "") == bos
+            assert common.encode(tokenizer, "<|start|>a fox")[0] == prompt  # no second BOS
+            assert common.encode(tokenizer, "")[0] == bos
 
 
 def test_a_tokenizer_without_pad_or_with_pad_equal_eos_gets_a_pad_of_its_own_and_the_model_a_row(tmp_path):

@@ -117,7 +117,7 @@ def test_it_learns_stores_the_scale_and_writes_a_classifier_that_loads(world, tm
     scores = []
     for pair in read_rows(world / "pairs.jsonl"):
         for key in ("chosen", "rejected"):
-            ids = common.encode_prompt(tokenizer, pair["prompt"]) + common.encode_response(tokenizer, pair[key])
+            ids = sum(common.encode(tokenizer, pair["prompt"], pair[key]), [])
             scores.append((model(torch.tensor([ids])).logits.item() - row["reward_mean"]) / row["reward_std"])
     scores = torch.tensor(scores)
     assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3

@@ -89,19 +89,20 @@ def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(world, tmp_pat
     data = write_rows(tmp_path / "data.jsonl", rows)
     arguments = ["--model", world / "sft", "--data", data, "--eval-data", world / "sft.jsonl", "--epochs", 1, "--output", tmp_path / "out"]
     status, out, _ = run_stage(sft, *arguments, "--max-prompt-length", 40, "--response-length", 40)
-    assert status == 0 and f"dropped 2 of {len(rows)} rows" in out and f"{len(DEMONSTRATIONS)} demonstrations" in out
+    assert status == 0 and f"demonstrations: {len(rows)} rows read, {len(DEMONSTRATIONS)} examples used; 1 dropped (prompt above" in out and f"{len(DEMONSTRATIONS)} demonstrations" in out
 
 
 def test_plain_text_rows_are_completions_of_nothing():
-    assert sft.row_texts({"text": "abc"}) == ("", "abc")
-    assert sft.row_texts({"prompt": "a", "completion": "b"}) == ("a", "b")
-    assert sft.row_texts({"text": "abc", "completion": "b"}) == ("", "abc")
+    assert sft.row_dialogues({"text": "abc"}) == [("", "abc")]
+    assert sft.row_dialogues({"prompt": "a", "completion": "b"}) == [("a", "b")]
+    assert sft.row_dialogues({"text": "abc", "completion": "b"}) == [("", "abc")]
 
 
 def test_a_lone_eos_is_dropped_since_nothing_predicts_it():
     tokenizer, cfg = sft.train_tokenizer(["a"], 300), sft.Config()
     rows = [{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]
-    assert len(sft.encode_rows(rows, tokenizer, cfg, "here")) == 2
+    examples = [list(sft.encode_row(row, tokenizer, [1], cfg)) for row in rows]
+    assert examples[0] == ["empty"] and [len(x + y) for (x, y), in examples[1:]] == [2, 2]
 
 
 def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage):
