@@ -84,8 +84,11 @@ class _HelpFormatter(argparse.HelpFormatter):
         return ", ".join(names)
 
     def _get_help_string(self, action):
-        shown = action.option_strings and action.default not in (None, argparse.SUPPRESS)
-        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+        default = action.default
+        if not action.option_strings or default in (None, argparse.SUPPRESS):
+            return action.help or ""
+        default = " ".join(default) if isinstance(default, list) else default
+        return f"{action.help} (default: {default})"
 
 
 def parse_args(config_class, description, argv=None):
@@ -348,7 +351,7 @@ def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True):
 
 
 def encode(tokenizer, prompt, response=None, eos_ids=()):
-    """(prompt ids, response ids) of one text or chat. All stages make their ids here, and only here.
+    """(prompt ids, response ids) of one text or chat; all stages make their ids here.
 
     Args:
         prompt: a string, or a chat up to the assistant's turn, a list of {"role", "content"}.
@@ -375,21 +378,24 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
         return prompt_ids, [] if response is None else ids(response) + eos
     if prompt[-1]["role"] == "assistant":
         raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
-    opening = _render(tokenizer, prompt, add_generation_prompt=True)
+    opening = render_chat(tokenizer, prompt, add_generation_prompt=True)
     if response is None:
         return ids(opening), []
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
-    whole = _render(tokenizer, prompt + response)
+    whole = render_chat(tokenizer, prompt + response)
     if not whole.startswith(opening):
-        raise ValueError("does not fit the chat template: a reply is not rendered as the chat so far"
-                         " and more, so no model that continues the one could write the other")
+        raise ValueError(
+            "does not fit the chat template: a reply is not rendered as the chat so far and more, "
+            "so no model that goes on with the one could write the other"
+        )
     response_ids = ids(whole[len(opening) :])
     ends = [i for i, id in enumerate(response_ids) if id in {*eos, *eos_ids}]
     return ids(opening), response_ids[: ends[-1] + 1] if ends else response_ids + eos
 
 
-def _render(tokenizer, messages, **options):
+def render_chat(tokenizer, messages, **options):
+    """The text of a chat by the tokenizer's template; a ValueError if there is none or it fails."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"holds messages, but the tokenizer of {tokenizer.name_or_path or 'this model'} has no "
@@ -646,16 +652,19 @@ def prepare_output(output):
         raise UserError(f"--output {output} holds files of something else; name a new folder")
 
 
+def import_tensorboard():
+    """torch's writer for TensorBoard, which is an optional package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        message = "--tensorboard needs the package tensorboard; pip install tensorboard"
+        raise UserError(message) from None
+    return SummaryWriter
+
+
 def open_log(output, tensorboard=False):
     """A function that adds a row to metrics.jsonl and, if asked, its numbers to TensorBoard."""
-    writer = None
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            message = "--tensorboard needs the package tensorboard; pip install tensorboard"
-            raise UserError(message) from None
-        writer = SummaryWriter(pathlib.Path(output) / "tensorboard")
+    writer = import_tensorboard()(pathlib.Path(output) / "tensorboard") if tensorboard else None
 
     def log(row):
         append_json_line(pathlib.Path(output) / "metrics.jsonl", row)

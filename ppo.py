@@ -152,6 +152,8 @@ def check_config(cfg):
         entropy_coef=not_negative, target_kl=not_negative, lr=share, critic_lr=share,
         max_grad_norm=(1e-9, math.inf), eval_every=many, save_every=many,
     )
+    if cfg.tensorboard:
+        common.import_tensorboard()
     if cfg.kl_target is not None and cfg.kl_coef == 0:
         raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
     if cfg.batch_size % cfg.minibatch_size:
@@ -287,10 +289,10 @@ def call_reward(function, rows, responses):
 class TextScorer:
     """A reward model that reads other tokens than the policy writes, as a function of texts.
 
-    Each text is encoded as this model expects it: by its chat template if it has one (a prompt that
-    is no chat becomes the user's message), as a pair of texts if it is an encoder, else as prompt,
-    response and EOS. Texts do not show whether a response ended, so a cut one is read as ended;
-    --missing-eos-penalty makes up for it.
+    Each text is encoded as this model expects it: whole, by its chat template if it has one (a
+    prompt that is no chat becomes the user's message), as a pair of texts if it is an encoder, else
+    as prompt, response and EOS. Texts do not show whether a response ended, so a cut one is read as
+    ended; --missing-eos-penalty makes up for it.
     """
 
     def __init__(self, classifier, tokenizer, cfg, device):
@@ -299,14 +301,15 @@ class TextScorer:
         self.config, self.__name__ = classifier.config, tokenizer.name_or_path
 
     def encode(self, prompt, response):
-        """The inputs of the model for one prompt and response: lists under "input_ids" and so on."""
+        """The model's inputs for one prompt and response: lists under "input_ids" and so on."""
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            prompt_ids, response_ids = common.encode(self.tokenizer, chat, response.strip())
-        elif isinstance(prompt, str) and not common.has_token_head(self.classifier):
+            chat = [*chat, {"role": "assistant", "content": response.strip()}]
+            text = common.render_chat(self.tokenizer, chat)
+            return dict(self.tokenizer(text, add_special_tokens=False))
+        if isinstance(prompt, str) and not common.has_token_head(self.classifier):
             return dict(self.tokenizer(prompt, response.strip()))
-        else:
-            prompt_ids, response_ids = common.encode(self.tokenizer, prompt, response)
+        prompt_ids, response_ids = common.encode(self.tokenizer, prompt, response)
         return {"input_ids": prompt_ids + response_ids}
 
     @torch.no_grad()

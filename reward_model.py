@@ -54,7 +54,7 @@ from common import UserError, arg
 @dataclass(frozen=True)
 class Config:
     model: str = arg("ckpt/sft", "causal LM, or a reward model to train on", "model and data")
-    data: list[str] = arg([str(common.DATA / "preferences.jsonl")], "JSONL files; see the README")
+    data: list[str] = arg([str(common.DATA / "preferences.jsonl")], "JSONL; see the README")
     eval_data: list[str] | None = arg(None, "held-out pairs; else a tenth of --data, at most 512")
     output: str = arg("ckpt/reward_model", "folder for the trained model")
     max_prompt_length: int = arg(512, "in tokens; pairs above are dropped and counted")

@@ -46,7 +46,7 @@ from common import arg
 @dataclass(frozen=True)
 class Config:
     model: str | None = arg(None, "causal LM; else a tiny Llama from scratch", "model and data")
-    data: list[str] = arg([str(common.DATA / "demonstrations.jsonl")], "JSONL files; see the README")
+    data: list[str] = arg([str(common.DATA / "demonstrations.jsonl")], "JSONL; see the README")
     eval_data: list[str] | None = arg(None, "held-out rows; else a tenth of --data, at most 512")
     output: str = arg("ckpt/sft", "folder for the trained policy")
     max_prompt_length: int = arg(512, "in tokens; rows above are dropped and counted")

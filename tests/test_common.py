@@ -202,7 +202,7 @@ def test_every_flag_in_help_is_read_by_the_code(module, capsys):
         common.parse_args(module.Config, module.__doc__.splitlines()[0], ["--help"])
     assert stop.value.code == 0
     text, source = capsys.readouterr().out, pathlib.Path(module.__file__).read_text(encoding="utf-8")
-    code = source[source.index("# === 1.") :]
+    code = source[source.index("# === 1.") :] + pathlib.Path(common.__file__).read_text(encoding="utf-8")
     for field in dataclasses.fields(module.Config):
         assert f"--{field.name.replace('_', '-')}" in text
         assert f"cfg.{field.name}" in code, f"nothing reads --{field.name}"
