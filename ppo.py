@@ -27,7 +27,8 @@ Mask      response_mask is True where a token counts: up to and including the fi
 
 Models    policy        starts at --policy               trained  writes the responses
           ref policy    a copy of it                     frozen   the KL is measured against it
-          reward model  --reward                         frozen   scores a finished text, once
+          reward model  --reward, one or several, or     frozen   scores a finished text, once
+                        functions; their sum counts
           critic        separate: starts at the reward   trained  predicts, from an unfinished text,
                         model; shared: a value head               the rewards still to come; a
                         on the policy's trunk                     reward model reads finished ones
@@ -49,6 +50,7 @@ Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 (eqs. 1
 Run       python ppo.py --policy ckpt/sft                                        embedded world
           python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
           python ppo.py --policy ckpt/sft --prompts mine.jsonl --reward mine.py:reward
+          python ppo.py --policy ckpt/sft --reward ckpt/reward_model mine.py:length_penalty
 Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, args.json, metrics.jsonl,
           samples.jsonl
 """

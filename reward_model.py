@@ -28,7 +28,9 @@ Sources   Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ I
           held-out accuracies there are 0.628 at 1 B, 0.669 at 2.8 B and 0.689 at 6.9 B parameters.
 
 Run       python reward_model.py                                       from ckpt/sft, on data/
-          python reward_model.py --model ckpt/sft --data mine.jsonl    prompt, chosen, rejected
+          python reward_model.py --model ckpt/sft --data mine.jsonl    your own pairs
+Data      {"prompt": ..., "chosen": ..., "rejected": ...}, strings or message lists, one row a line;
+          without a prompt the others are whole dialogues, and what both begin with is the prompt
 Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one label) with
           reward_mean and reward_std in its config, and metrics.jsonl
 """

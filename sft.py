@@ -8,6 +8,8 @@ Shapes    B rows, T tokens of prompt and completion (padded on the right), V voc
 Time      logits[:, i] is the distribution of token i + 1. The loss shifts once, in completion_nll.
 Mask      completion_mask is True where a token is imitated: the completion and its EOS.
           Prompt tokens are read and never predicted: the policy is to answer, not to ask.
+Chats     Message lists go through the tokenizer's chat template. Each turn of the assistant is one
+          example; the chat before it is its prompt, up to the words that open the turn.
 EOS       It is learned like any other token. A policy that never learned to stop is the most common
           bad start for PPO: its responses are cut, and the scores of cut texts mean little.
 
@@ -22,6 +24,7 @@ Sources   Ouyang et al. 2022 (InstructGPT); Huang et al. 2024, "The N+ Implement
 
 Run       python sft.py                                            a tiny model from scratch, data/
           python sft.py --model Qwen/Qwen2.5-0.5B --data mine.jsonl --epochs 1
+Data      {"prompt": str, "completion": str}, {"messages": [...]} or {"text": str}, one row a line
 Writes    ckpt/sft: the policy as a Hugging Face folder, and metrics.jsonl
 """
 
