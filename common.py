@@ -17,12 +17,15 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import sys
 import time
+import traceback
 import warnings
 import zlib
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -38,21 +41,59 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def command_line():
-    """Run a stage as a command: quiet libraries, and one line in place of a traceback."""
+def command_line(memory_flags=()):
+    """Run a stage as a command: quiet libraries, and one line in place of a traceback.
+
+    Args:
+        memory_flags: {function: (what it does, the flag to halve)}, for when memory runs out in it.
+    """
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
     script = pathlib.Path(sys.argv[0]).name
     try:
-        yield
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
     except UserError as error:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # StopRequest took them
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        while _locks:
+            file = _locks.pop()
+            os.unlink(file.name)
+            file.close()
+
+
+def is_out_of_memory(error):
+    """Has a GPU or (with "can't allocate memory") the machine no memory left?"""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
+
+
+def explain_out_of_memory(error, memory_flags):
+    """Which phase of which function, at which sizes, and the one flag to halve."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    named = [frame for frame in frames if frame.f_code.co_name in memory_flags]
+    cfgs = [frame.f_locals["cfg"] for frame in frames if frame.f_code.co_name == "main"]
+    if not named or not cfgs:
+        return "out of memory while loading; use a smaller model or a device with more"
+    phase, flag = memory_flags[named[-1].f_code.co_name]
+    sizes = {name: getattr(cfgs[0], name) for name in SIZES}
+    sizes = ", ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
+    return f"out of memory in {phase}, with {sizes}; halve {flag}, or try --gradient-checkpointing"
+
+
+SIZES = ("batch_size", "microbatch_size", "max_prompt_length", "response_length")
 
 
 def arg(default, help, group=None):
@@ -94,14 +135,37 @@ class _HelpFormatter(argparse.HelpFormatter):
 def parse_args(config_class, description, argv=None):
     """The command line as a `config_class`, a dataclass of `arg` fields.
 
+    With --resume, the flags that are not given are those that the run began with.
+
     Raises:
         UserError: an unknown flag (the nearest one is named), a wrong type, a value not offered.
     """
+    cfg = _parse_args(config_class, description, argv, {})
+    saved = pathlib.Path(cfg.output) / "args.json"
+    if not cfg.resume or not saved.is_file():
+        return cfg
+    return _parse_args(config_class, description, argv, read_saved_args(saved, config_class))
+
+
+def read_saved_args(path, config_class):
+    """The flags in an args.json as a dict, those that `config_class` has."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        names = {field.name for field in dataclasses.fields(config_class)}
+        return {name: value for name, value in saved.items() if name in names - RUN_FLAGS}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"can't read {path}: {error}; start anew with --overwrite") from None
+
+
+RUN_FLAGS = {"resume", "overwrite"}  # how a run is started; no part of it
+
+
+def _parse_args(config_class, description, argv, defaults):
     groups = []  # HfArgumentParser prints one heading per dataclass: deal the fields out to some
     for field in dataclasses.fields(config_class):
         if field.metadata["group"]:
             groups.append((field.metadata["group"], []))
-        default = getattr(config_class(), field.name)
+        default = defaults.get(field.name, getattr(config_class(), field.name))
         plain = _field(default, {"help": field.metadata["help"]})
         groups[-1][1].append((field.name, field.type, plain))
     parts = [
@@ -303,6 +367,12 @@ def hold_out(rows, most, seed):
         raise UserError(f"{len(rows)} rows are too few to hold some out; give them in a file")
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     return [rows[i] for i in order[number:]], [rows[i] for i in order[:number]]
+
+
+def endless_epochs(lengths, batch_size, generator):
+    """Batches of row indices, one `length_bucketed` epoch after the other."""
+    while True:
+        yield from length_bucketed(lengths, batch_size, generator)
 
 
 def length_bucketed(lengths, batch_size, generator):
@@ -631,25 +701,196 @@ def print_tokens(tokenizer, model, prompt, response=()):
     print(f"  EOS {', '.join(eos)}; pad {pad_token}; a row:\n    {line}")
 
 
-# === Checkpoints ==================================================================================
-def prepare_output(output):
-    """Stop now, and not after the work, if `output` can't be written or holds other things.
+# === Runs and checkpoints =========================================================================
+# An output folder holds the logs of a run and its last checkpoint. A checkpoint is written into
+# OUTPUT.new, with the logs so far, and takes the place of OUTPUT, which is OUTPUT.old for a moment:
+# a run killed at any time leaves one whole. trainer_state/ is what --resume needs besides weights.
+LOGS = ("args.json", "metrics.jsonl", "samples.jsonl")
+_locks = []
 
-    A run replaces its output folder whole, so only one that an earlier run wrote may be there.
+
+def open_run(cfg, may_change=()):
+    """Make sure that the output folder is this run's, before the work; what to go on from, or None.
+
+    Args:
+        cfg: with output, resume and overwrite.
+        may_change: the flags that may be others than those the run began with.
+
+    Returns:
+        What `save_run` was given, if there is a checkpoint to go on from; None starts at the start.
+
+    Raises:
+        UserError: the folder can't be written, another run writes it, it holds anything but a run,
+            or a run that is neither to be resumed nor overwritten, or one with other flags.
     """
-    if pathlib.Path(output).name in ("", ".."):
-        raise UserError(f"--output {output!r} is no name for a new folder")
-    probe = pathlib.Path(f"{output}.probe")
+    output = pathlib.Path(cfg.output)
+    if output.name in ("", ".."):
+        raise UserError(f"--output {cfg.output!r} is no name for a new folder")
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     try:
-        probe.mkdir(parents=True, exist_ok=True)
-        probe.rmdir()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _lock(output)
     except OSError as error:
         raise UserError(f"--output {output} can't be written: {error.strerror}") from None
-    if os.path.exists(output) and not os.path.isdir(output):
+    if not output.exists() and _beside(output, "old").is_dir():
+        _beside(output, "old").rename(output)  # killed between the two renames of a save
+    if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; name a folder")
-    held = set(os.listdir(output)) if os.path.isdir(output) else set()
+    held = set(os.listdir(output)) if output.is_dir() else set()
     if held and "metrics.jsonl" not in held:
         raise UserError(f"--output {output} holds files of something else; name a new folder")
+    if held and not (cfg.resume or cfg.overwrite):
+        raise UserError(
+            f"--output {output} holds a run; --resume goes on with it, --overwrite replaces it"
+        )
+    if not cfg.resume or "config.json" not in held:
+        return None  # nothing was saved yet
+    return _read_state(output, cfg, may_change)
+
+
+def _beside(output, ending):
+    return output.with_name(f"{output.name}.{ending}")
+
+
+def _lock(output):
+    """Hold OUTPUT.lock until the end of the run; the system lets go of it even after a kill."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = open(_beside(output, "lock"), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another run is writing to --output {output}; wait or name another")
+    except OSError:
+        pass  # a file system without locks
+    _locks.append(file)
+
+
+def _read_state(output, cfg, may_change):
+    if not (output / "trainer_state").is_dir():
+        raise UserError(f"the run in {output} is finished; --overwrite starts anew")
+    try:
+        path = output / "trainer_state" / "state.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        began = state["args"]
+    except Exception as error:  # torch has many
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"can't resume from {output / 'trainer_state'}: {reason}") from None
+    now_given = dataclasses.asdict(cfg)
+    for name, value in began.items():
+        if name not in {*may_change, *RUN_FLAGS} and now_given.get(name, value) != value:
+            flag, allowed = "--" + name.replace("_", "-"), ", ".join(sorted(may_change))
+            raise UserError(
+                f"{flag} is {now_given[name]}, but the run in {output} began with {value}; leave "
+                f"it out, or start anew with --overwrite. May change: {allowed}"
+            )
+    return state
+
+
+def start_logs(cfg, state):
+    """The output folder with its logs: new, or as they were at the checkpoint of `state`."""
+    output = pathlib.Path(cfg.output)
+    if state is None:
+        if output.exists():  # --overwrite, or a run killed before its first checkpoint
+            shutil.rmtree(_beside(output, "gone"), ignore_errors=True)
+            output.rename(_beside(output, "gone"))
+            shutil.rmtree(_beside(output, "gone"))
+        output.mkdir(parents=True)
+        (output / "metrics.jsonl").write_text("")
+        (output / "args.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+        return output
+    for name, size in state["log_sizes"].items():
+        os.truncate(output / name, size)  # rows that came after the checkpoint come again
+    return output
+
+
+def restore(state, optimizer, schedule):
+    """Put back what `save_run` saved of the optimizer, its schedule and the random generators."""
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    schedule._last_lr = schedule.get_lr()  # the run may be longer now
+    for group, lr in zip(optimizer.param_groups, schedule.get_last_lr()):
+        group["lr"] = lr
+    random.setstate(state["random"])
+    torch.set_rng_state(state["torch_random"])
+    if len(state["cuda_random"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_random"])
+
+
+@contextlib.contextmanager
+def saved_run(cfg, optimizer=None, schedule=None, **more):
+    """A folder to save models into; at the end it is the output folder, whole, with logs and state.
+
+    Without an optimizer the run is finished, and cannot be resumed. `more` is kept with the state:
+    tensors, numbers, strings, lists and dicts.
+    """
+    output = pathlib.Path(cfg.output)
+    try:
+        with written_whole(output) as folder:
+            yield folder
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+            if optimizer is not None:
+                logs = [folder / name for name in LOGS[1:] if (folder / name).exists()]
+                state = {
+                    "args": dataclasses.asdict(cfg),
+                    "log_sizes": {log.name: log.stat().st_size for log in logs},
+                    "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                    "random": random.getstate(), "torch_random": torch.get_rng_state(),
+                    "cuda_random": torch.cuda.get_rng_state_all(),
+                }
+                (folder / "trainer_state").mkdir()
+                torch.save(state | more, folder / "trainer_state" / "state.pt")
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"can't write the checkpoint {output}: {str(error).splitlines()[0]}; the one before "
+            f"it, if there was one, is whole: make room and go on with: {resume_command(cfg)}"
+        ) from error
+
+
+def resume_command(cfg):
+    """What the user types to go on with the run."""
+    return f"python {pathlib.Path(sys.argv[0]).name} --resume --output {cfg.output}"
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the first asks for a stop after this iteration, the second stops now."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        signal.signal(number, signal.default_int_handler)  # a KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this iteration; once more stops at once", file=sys.stderr)
+
+    def leave(self, cfg):
+        """End the process; the checkpoint has been written."""
+        print(f"\nstopped; to go on: {resume_command(cfg)}", file=sys.stderr)
+        sys.exit(128 + self.signal)
+
+
+class SkippedSteps:
+    """Steps whose gradient was not finite: each is skipped, and three in a row end the run."""
+
+    def __init__(self):
+        self.in_a_row = 0
+
+    def may_step(self, norms, what):
+        """Is the gradient finite? `what` is said if it was not for the third time in a row."""
+        finite = all(math.isfinite(norm) for norm in norms)
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if self.in_a_row == 3:
+            raise UserError(
+                f"three optimizer steps in a row had a gradient that is not finite, {what}; usual "
+                "causes: --lr too high, rewards of enormous size. The last checkpoint is kept"
+            )
+        return finite
 
 
 def import_tensorboard():
@@ -664,10 +905,10 @@ def import_tensorboard():
 
 def open_log(output, tensorboard=False):
     """A function that adds a row to metrics.jsonl and, if asked, its numbers to TensorBoard."""
-    writer = import_tensorboard()(pathlib.Path(output) / "tensorboard") if tensorboard else None
+    writer = import_tensorboard()(output / "tensorboard") if tensorboard else None
 
     def log(row):
-        append_json_line(pathlib.Path(output) / "metrics.jsonl", row)
+        append_json_line(output / "metrics.jsonl", row)
         for name, value in row.items():
             if writer and name != "iteration" and isinstance(value, (int, float)):
                 writer.add_scalar(f"{row.get('split', 'train')}/{name}", value, row["iteration"])
@@ -681,30 +922,42 @@ def append_json_line(path, row):
     """Add a row to a JSON Lines file; a number that is not finite becomes null."""
     is_nan = lambda value: isinstance(value, float) and not math.isfinite(value)
     row = {key: None if is_nan(value) else value for key, value in row.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"can't write {path}: {error.strerror}; the last checkpoint is whole, --resume goes on"
+        ) from None
+
+
+def read_json_lines(path):
+    """The rows of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @contextlib.contextmanager
-def written_whole(output, carried=()):
-    """An empty folder beside `output` that takes its place when the block ends without an error.
-
-    Entries of the old folder named in `carried` are moved into the new one: files still open.
-    """
-    output = pathlib.Path(output)
-    fresh, replaced = pathlib.Path(f"{output}.new"), pathlib.Path(f"{output}.old")
+def written_whole(output):
+    """A folder beside `output`, with its logs, that takes its place if the block ends well."""
+    fresh, replaced = _beside(output, "new"), _beside(output, "old")
     for leftover in (fresh, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
+        for name in LOGS:
+            if (output / name).exists():
+                shutil.copy(output / name, fresh)
         yield fresh
+        for path in fresh.rglob("*"):  # on the disk, before any name changes
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     if output.exists():
         output.rename(replaced)
     fresh.rename(output)
-    for name in carried:
-        if (replaced / name).exists():
-            (replaced / name).rename(output / name)
+    if (replaced / "tensorboard").exists():
+        (replaced / "tensorboard").rename(output / "tensorboard")  # moved: its files are open
     shutil.rmtree(replaced, ignore_errors=True)

@@ -58,12 +58,12 @@ Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, args.json, met
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
 import pathlib
 import random
-import shutil
 import sys
 import traceback
 from dataclasses import dataclass
@@ -127,6 +127,8 @@ class Config:
 
     eval_every: int = arg(10, "iterations between evaluations on held-out prompts", "run")
     save_every: int = arg(10, "iterations between checkpoints")
+    resume: bool = arg(False, "go on with the run in --output, if there is one")
+    overwrite: bool = arg(False, "start anew although --output holds a run")
     seed: int = arg(0, "of samples and data order")
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
@@ -139,6 +141,20 @@ class Config:
 # Learning rates by number of parameters. What suits a tiny model ruins a large one within an
 # iteration, so there is no one default; the start-up report prints the one in use.
 LR_BY_SIZE = ((10e6, 3e-4), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
+
+
+# What --resume may be given anew: of these, only --iterations changes what is learned, by its lr.
+MAY_CHANGE = (
+    "iterations", "eval_every", "save_every", "explain", "tensorboard", "microbatch_size", "device",
+    "gradient_checkpointing", "trust_remote_code",
+)
+# Where memory may run out: {function: (what it does, the flag to halve)}
+MEMORY_FLAGS = {
+    "main": ("the update", "--microbatch-size"),
+    "sample_responses": ("sampling", "--batch-size"),
+    "score_responses": ("scoring", "--microbatch-size"),
+    "evaluate_tokens": ("the log-probabilities", "--microbatch-size"),
+}
 
 
 def check_config(cfg):
@@ -774,13 +790,13 @@ wrote {output}, an ordinary Hugging Face folder; to load and try it:
     print(generate({json.dumps(prompt)}, max_new_tokens=64))''')
 
 
-def start_logs(output):
-    """The output folder with empty metrics.jsonl and samples.jsonl, as a path."""
-    output = pathlib.Path(output)
-    output.mkdir(exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (output / name).write_text("")
-    return output
+KEPT = ("iterations_done", "kl_coef", "baseline")  # in trainer_state, besides the optimizer's
+
+
+def read_history(output):
+    """The rows of the iterations so far."""
+    rows = common.read_json_lines(output / "metrics.jsonl")
+    return [row for row in rows if "split" not in row]
 
 
 def log_evaluation(log, output, iteration, samples, baseline):
@@ -793,9 +809,9 @@ def log_evaluation(log, output, iteration, samples, baseline):
     return summary
 
 
-def save_checkpoint(output, policy, critic, tokenizer, cfg):
-    """Policy, critic, flags and logs so far, as one folder that is there whole or not at all."""
-    with common.written_whole(output, carried=["tensorboard"]) as folder:
+def save_checkpoint(cfg, policy, critic, tokenizer, optimizer, schedule, **more):
+    """Policy, critic, logs and all that --resume needs; the folder is there whole or not at all."""
+    with common.saved_run(cfg, optimizer, schedule, **more) as folder:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if cfg.critic == "separate":
@@ -804,9 +820,19 @@ def save_checkpoint(output, policy, critic, tokenizer, cfg):
             (folder / "critic").mkdir()
             weights = folder / "critic" / "value_head.safetensors"
             safetensors.torch.save_file(critic.state_dict(), weights)
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            shutil.copy(output / name, folder)
+
+
+def load_checkpoint(cfg, policy, critic, tokenizer):
+    """Put the weights that `save_checkpoint` saved into policy and critic."""
+    trust = cfg.trust_remote_code
+    saved = common.load_causal_lm(cfg.output, tokenizer, trust_remote_code=trust)
+    policy.load_state_dict(saved.state_dict())
+    folder = f"{cfg.output}/critic"
+    if cfg.critic == "shared":
+        critic.load_state_dict(safetensors.torch.load_file(f"{folder}/value_head.safetensors"))
+    else:
+        saved, _ = common.load_scalar_model(folder, tokenizer, trust_remote_code=trust)
+        critic.load_state_dict(saved.state_dict())
 
 
 # === 9. Models and main loop: sections 1 to 6 in order ============================================
@@ -826,21 +852,26 @@ def load_scorer(spec, cfg, tokenizer, device):
     return reward_model.requires_grad_(False).to(device)
 
 
-def measure_score_scale(scorers, policy, ref_policy, rows, tokenizer, cfg, device):
+def set_score_scales(known, scorers, policy, ref_policy, rows, tokenizer, cfg, device):
     """Give reward models from elsewhere the scale that reward_model.py would have given them.
 
-    Mean and deviation of their scores on the SFT policy's responses become 0 and 1.
+    Mean and deviation of their scores on the SFT policy's responses become 0 and 1. A resumed run
+    has them in `known`: {reward: (mean, deviation)}.
+    What is measured here is added to them.
     """
     for scorer, spec in zip(scorers, cfg.reward):
         config = getattr(scorer, "config", None)  # a function has none, and is taken as it is
         if config is None or hasattr(config, "reward_mean"):
+            continue
+        if spec in known:
+            config.reward_mean, config.reward_std = known[spec]
             continue
         samples = evaluate(policy, ref_policy, [scorer], None, rows, tokenizer, cfg, device)
         scores = torch.tensor([sample["score"] for sample in samples])
         mean, deviation = scores.mean().item(), scores.std(correction=0).item()
         if not 0 < deviation < math.inf:
             raise UserError(f"{spec} gives all responses of {cfg.policy} the score {mean:g}")
-        config.reward_mean, config.reward_std = mean, deviation
+        config.reward_mean, config.reward_std = known[spec] = mean, deviation
         print(f"  {spec}: scores are taken by mean {mean:.3f} and deviation {deviation:.3f}")
 
 
@@ -864,8 +895,10 @@ def load_critic(cfg, reward, policy, tokenizer):
     return critic
 
 
-def load_models(cfg, tokenizer, rows, device):
+def load_models(cfg, tokenizer, rows, score_scales, device):
     """policy, ref_policy, critic and the list of scorers, on the device.
+
+    What is measured of the scorers' scales is added to `score_scales`.
 
     Weights are float32, since an Adam step of 3e-6 is lost in bf16 weights, and dropout is off in
     every model, since two passes with two dropout masks are two policies: the ratio would not be 1.
@@ -877,7 +910,8 @@ def load_models(cfg, tokenizer, rows, device):
     scorers = [load_scorer(spec, cfg, tokenizer, device) for spec in cfg.reward]
     longest = max(len(row["prompt_ids"]) for row in rows) + cfg.response_length
     common.check_context(policy, longest, "--max-prompt-length or --response-length")
-    measure_score_scale(scorers, policy, ref_policy, rows[:256], tokenizer, cfg, device)
+    some = rows[:256]
+    set_score_scales(score_scales, scorers, policy, ref_policy, some, tokenizer, cfg, device)
     critic = load_critic(cfg, scorers[0], policy, tokenizer).to(device)
     if cfg.gradient_checkpointing:
         for model in (policy, critic) if cfg.critic == "separate" else (policy,):
@@ -890,7 +924,7 @@ def main(cfg):
     cfg = with_embedded_defaults(cfg)
     set_seed(cfg.seed)
     device = common.pick_device(cfg.device)
-    common.prepare_output(cfg.output)
+    state = common.open_run(cfg, MAY_CHANGE)
 
     # -- setup: data, models, optimizer
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
@@ -900,8 +934,11 @@ def main(cfg):
     else:
         rows, eval_rows = common.hold_out(rows, 128, cfg.seed)
     judge = None if cfg.judge is None else load_function(cfg.judge)
-    models = load_models(cfg, tokenizer, rows + eval_rows, device)
+    score_scales = state["score_scales"] if state else {}
+    models = load_models(cfg, tokenizer, rows + eval_rows, score_scales, device)
     policy, ref_policy, critic, scorers = models
+    if state:
+        load_checkpoint(cfg, policy, critic, tokenizer)
     lr = common.by_size(cfg.lr, LR_BY_SIZE, policy)
     sized = policy if cfg.critic == "shared" else critic
     critic_lr = common.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
@@ -913,19 +950,29 @@ def main(cfg):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
     print_report(cfg, models, (lr, critic_lr), tokenizer, rows, eval_rows)
 
-    # -- held-out evaluation of the start: the SFT policy, which later ones are compared with
-    baseline = evaluate(policy, ref_policy, scorers, judge, eval_rows, tokenizer, cfg, device)
-    output = start_logs(cfg.output)
+    # -- the start: a held-out evaluation of the SFT policy, which later ones are compared with
+    if state:
+        common.restore(state, optimizer, schedule)
+        iterations_done, kl_coef, baseline = (state[key] for key in KEPT)
+        if iterations_done >= cfg.iterations:
+            raise UserError(f"the run has had its {iterations_done} iterations; raise --iterations")
+    else:
+        iterations_done, kl_coef = 0, cfg.kl_coef
+        baseline = evaluate(policy, ref_policy, scorers, judge, eval_rows, tokenizer, cfg, device)
+    output = common.start_logs(cfg, state)
     log = common.open_log(output, cfg.tensorboard)
-    before = log_evaluation(log, output, 0, baseline, baseline)
-    kl_coef, history, told = cfg.kl_coef, [], set()
+    if not state:
+        log_evaluation(log, output, 0, baseline, baseline)
+    before = after = summarize(baseline, baseline)
+    samples, history, told = baseline, read_history(output), set()
     value_clip_eps = cfg.value_clip_eps if cfg.advantage == "gae" else None  # None is eq. 6b
     batches = endless_batches(rows, cfg.batch_size, random.Random(cfg.seed))
-    progress = tqdm(range(1, cfg.iterations + 1), desc="ppo", unit="it")
-    for iteration in progress:
+    batches = itertools.islice(batches, iterations_done, cfg.iterations)  # resumed: the same draws
+    stop, skipped = common.StopRequest(), common.SkippedSteps()
+    progress = tqdm(batches, desc="ppo", unit="it", initial=iterations_done, total=cfg.iterations)
+    for iteration, prompt_rows in enumerate(progress, iterations_done + 1):
         # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); ended
         clock = [common.now(device)]
-        prompt_rows = next(batches)
         tokens, attention_mask, response_mask, ended = sample_responses(
             policy, prompt_rows, cfg, device
         )
@@ -989,7 +1036,7 @@ def main(cfg):
             grad_norms.append(norms)
             if cfg.target_kl is not None and steps[-1][APPROX_KL] > cfg.target_kl:
                 break  # far enough from pi_old: without this step, and without the epochs left
-            if all(norm.isfinite() for norm in norms):  # one bad batch is no reason to lose the run
+            if skipped.may_step(norms, f"in iteration {iteration}"):  # one bad batch ends no run
                 optimizer.step()
         clock.append(common.now(device))
 
@@ -1011,11 +1058,15 @@ def main(cfg):
             after = log_evaluation(log, output, iteration, samples, baseline)
         if cfg.explain and (is_last or iteration == 1 or iteration % cfg.eval_every == 0):
             progress.write(explain_response(tokenizer, batch, ref_logprobs, rewards, advantages))
-        if is_last or iteration % cfg.save_every == 0:
-            save_checkpoint(output, policy, critic, tokenizer, cfg)
+        if is_last or stop.signal or iteration % cfg.save_every == 0:
+            more = dict(zip(KEPT, (iteration, kl_coef, baseline)), score_scales=score_scales)
+            save_checkpoint(cfg, policy, critic, tokenizer, optimizer, schedule, **more)
+        if stop.signal and not is_last:
+            progress.close()
+            stop.leave(cfg)
     print_result(before, after, baseline, samples, cfg.output)
 
 
 if __name__ == "__main__":
-    with common.command_line():
+    with common.command_line(MEMORY_FLAGS):
         main(common.parse_args(Config, __doc__.splitlines()[0]))

@@ -35,6 +35,7 @@ Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one
           reward_mean and reward_std in its config, and metrics.jsonl
 """
 
+import itertools
 import math
 import os
 import re
@@ -70,7 +71,11 @@ class Config:
     weight_decay: float = arg(0.0, "of AdamW; 0 to 0.1")
     max_grad_norm: float = arg(1.0, "clip the gradient to this norm")
 
-    seed: int = arg(0, "of the head and the data order", "run")
+    save_every: int = arg(500, "optimizer steps between checkpoints", "run")
+    resume: bool = arg(False, "go on with the run in --output, if there is one")
+    overwrite: bool = arg(False, "start anew although --output holds a run")
+    tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
+    seed: int = arg(0, "of the head and the data order")
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
@@ -87,8 +92,21 @@ def check_config(cfg):
     common.check_range(
         cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
         microbatch_size=many, lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
-        max_grad_norm=(1e-9, math.inf),
+        max_grad_norm=(1e-9, math.inf), save_every=many,
     )
+    if cfg.tensorboard:
+        common.import_tensorboard()
+
+
+# What --resume may be given anew: nothing here changes what is learned.
+MAY_CHANGE = (
+    "microbatch_size", "save_every", "tensorboard", "device", "gradient_checkpointing",
+    "trust_remote_code",
+)
+# Where memory may run out: {function: (what it does, the flag to halve)}
+MEMORY_FLAGS = {
+    "main": ("the update", "--microbatch-size"), "score_pairs": ("scoring", "--microbatch-size")
+}
 
 
 # === 1. Model: a causal LM's trunk and one number =================================================
@@ -232,13 +250,11 @@ def load_data(cfg):
     return common.hold_out(rows, 512, cfg.seed)
 
 
-def save_and_read_back(model, tokenizer, eval_pairs, expected, metrics, cfg, device):
+def save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device):
     """Write the folder; keep it only if the model that is read from it gives the same scores."""
-    with common.written_whole(cfg.output) as folder:
+    with common.saved_run(cfg) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for row in metrics:
-            common.append_json_line(folder / "metrics.jsonl", row)
         trust = cfg.trust_remote_code
         reloaded, _ = common.load_scalar_model(str(folder), tokenizer, trust_remote_code=trust)
         pad_id = tokenizer.pad_token_id
@@ -267,13 +283,14 @@ def main(cfg):
     check_config(cfg)
     set_seed(cfg.seed)
     device = common.pick_device(cfg.device)
-    common.prepare_output(cfg.output)
+    state = common.open_run(cfg, MAY_CHANGE)
 
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = load_data(cfg)
     made_by, trust = "python sft.py", cfg.trust_remote_code
-    tokenizer = common.load_tokenizer(cfg.model, made_by, trust)
-    model, head_is_new = common.load_scalar_model(cfg.model, tokenizer, made_by, trust)
+    source = cfg.output if state else cfg.model
+    tokenizer = common.load_tokenizer(source, made_by, trust)
+    model, head_is_new = common.load_scalar_model(source, tokenizer, made_by, trust)
     if head_is_new:
         init_head(model)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3, below
@@ -302,37 +319,50 @@ def main(cfg):
     )
     common.print_tokens(tokenizer, model, pairs[0][0])
 
-    metrics = []
-    progress = tqdm(total=num_steps, desc="reward model", unit="step")
-    for _ in range(cfg.epochs):
-        for rows in common.length_bucketed(lengths, cfg.batch_size, generator):
-            loss, num_right = 0.0, 0
-            for start in range(0, len(rows), cfg.microbatch_size):  # same gradient, less memory
-                micro = [pairs[row] for row in rows[start : start + cfg.microbatch_size]]
-                with common.arithmetic(device, cfg.dtype):
-                    chosen, rejected = pair_scores(model, micro, pad_id, device)
-                micro_loss = preference_loss(chosen, rejected).sum() / len(rows)  # divided once
-                micro_loss.backward()
-                loss += micro_loss.item()
-                num_right += (chosen > rejected).sum().item()
-            grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
-            lr = schedule.get_last_lr()[0]
+    if state:
+        common.restore(state, optimizer, schedule)
+    steps_done = state["steps_done"] if state else 0
+    log = common.open_log(common.start_logs(cfg, state), cfg.tensorboard)
+    stop, skipped = common.StopRequest(), common.SkippedSteps()
+    batches = common.endless_epochs(lengths, cfg.batch_size, generator)
+    batches = itertools.islice(batches, steps_done, num_steps)  # a resumed run repeats the draws
+    progress = tqdm(
+        batches, desc="reward model", unit="step", initial=steps_done, total=num_steps
+    )
+    for step, rows in enumerate(progress, steps_done + 1):
+        loss, num_right = 0.0, 0
+        for start in range(0, len(rows), cfg.microbatch_size):  # same gradient, less memory
+            micro = [pairs[row] for row in rows[start : start + cfg.microbatch_size]]
+            with common.arithmetic(device, cfg.dtype):
+                chosen, rejected = pair_scores(model, micro, pad_id, device)
+            micro_loss = preference_loss(chosen, rejected).sum() / len(rows)  # divided once
+            micro_loss.backward()
+            loss += micro_loss.item()
+            num_right += (chosen > rejected).sum().item()
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+        if skipped.may_step([grad_norm], f"up to step {step}, where the loss is {loss:.3g}"):
             optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        lr = schedule.get_last_lr()[0]
+        schedule.step()
+        optimizer.zero_grad()
 
-            row = {
-                "iteration": len(metrics) + 1,
-                "loss": loss,  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
-                "accuracy": num_right / len(rows),  # of pairs not yet seen, in epoch 1; from 0.5 up
-                "grad_norm": grad_norm,  # before clipping; steady after the warm-up
-                "lr": lr,
-            }
-            metrics.append(row)
-            shown = {key: f"{row[key]:.3f}" for key in ("loss", "accuracy")}
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
-    progress.close()
+        row = {
+            "iteration": step,
+            "loss": loss,  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
+            "accuracy": num_right / len(rows),  # of pairs not yet seen, in epoch 1; from 0.5 up
+            "grad_norm": grad_norm,  # before clipping; steady after the warm-up
+            "lr": lr,
+        }
+        log(row)
+        shown = {key: f"{row[key]:.3f}" for key in ("loss", "accuracy")}
+        progress.set_postfix(shown, refresh=False)
+        if step < num_steps and (stop.signal or step % cfg.save_every == 0):
+            with common.saved_run(cfg, optimizer, schedule, steps_done=step) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+            if stop.signal:
+                progress.close()
+                stop.leave(cfg)
 
     # -- held-out result, scale (eq. 3), checkpoint
     raw = score_pairs(model, eval_pairs, cfg, pad_id, device, "held-out pairs")
@@ -343,13 +373,13 @@ def main(cfg):
     model.config.reward_mean, model.config.reward_std = mean, deviation
     scale = {"reward_mean": mean, "reward_std": deviation}
     row = {"split": "eval", "iteration": num_steps} | held_out_metrics(*raw, eval_pairs) | scale
-    metrics.append(row)
+    log(row)
     expected = [(scores - mean) / deviation for scores in raw]  # eq. 3
-    drift = save_and_read_back(model, tokenizer, eval_pairs, expected, metrics, cfg, device)
+    drift = save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device)
     print_result(row, *raw, drift)
     print(f"\nwrote {cfg.output}; next: python ppo.py --policy {cfg.model} --reward {cfg.output}")
 
 
 if __name__ == "__main__":
-    with common.command_line():
+    with common.command_line(MEMORY_FLAGS):
         main(common.parse_args(Config, __doc__.splitlines()[0]))

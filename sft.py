@@ -28,6 +28,7 @@ Data      {"prompt": str, "completion": str}, {"messages": [...]} or {"text": st
 Writes    ckpt/sft: the policy as a Hugging Face folder, and metrics.jsonl
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +64,11 @@ class Config:
     weight_decay: float = arg(0.0, "of AdamW; 0 to 0.1")
     max_grad_norm: float = arg(1.0, "clip the gradient to this norm")
 
-    seed: int = arg(0, "of weights, data order and samples", "run")
+    save_every: int = arg(500, "optimizer steps between checkpoints", "run")
+    resume: bool = arg(False, "go on with the run in --output, if there is one")
+    overwrite: bool = arg(False, "start anew although --output holds a run")
+    tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
+    seed: int = arg(0, "of weights, data order and samples")
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
@@ -80,8 +85,21 @@ def check_config(cfg):
     common.check_range(
         cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
         microbatch_size=many, lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
-        max_grad_norm=(1e-9, math.inf),
+        max_grad_norm=(1e-9, math.inf), save_every=many,
     )
+    if cfg.tensorboard:
+        common.import_tensorboard()
+
+
+# What --resume may be given anew: nothing here changes what is learned.
+MAY_CHANGE = (
+    "microbatch_size", "save_every", "tensorboard", "device", "gradient_checkpointing",
+    "trust_remote_code",
+)
+# Where memory may run out: {function: (what it does, the flag to halve)}
+MEMORY_FLAGS = {
+    "main": ("the update", "--microbatch-size"), "evaluate": ("evaluation", "--microbatch-size")
+}
 
 
 # === 1. Model: from a folder, or tiny and from scratch ============================================
@@ -219,14 +237,15 @@ def main(cfg):
     check_config(cfg)
     set_seed(cfg.seed)
     device = common.pick_device(cfg.device)
-    common.prepare_output(cfg.output)
+    state = common.open_run(cfg, MAY_CHANGE)
 
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = load_data(cfg)
-    if cfg.model:
+    source = cfg.output if state else cfg.model
+    if source:
         trust = cfg.trust_remote_code
-        tokenizer = common.load_tokenizer(cfg.model, trust_remote_code=trust)
-        model = common.load_causal_lm(cfg.model, tokenizer, trust_remote_code=trust)
+        tokenizer = common.load_tokenizer(source, trust_remote_code=trust)
+        model = common.load_causal_lm(source, tokenizer, trust_remote_code=trust)
     else:
         texts = [text for row in rows for pair in row_dialogues(row) for text in pair]
         tokenizer = train_tokenizer([text for text in texts if isinstance(text, str)])
@@ -256,46 +275,58 @@ def main(cfg):
     )
     common.print_tokens(tokenizer, model, *examples[0])
 
-    loss_before = evaluate(model, eval_examples, cfg, pad_id, device)
-    metrics = []
-    progress = tqdm(total=num_steps, desc="sft", unit="step")
-    for _ in range(cfg.epochs):
-        for rows in common.length_bucketed(lengths, cfg.batch_size, generator):
-            batch = [examples[row] for row in rows]
-            num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
-            loss = 0.0
-            for start in range(0, len(batch), cfg.microbatch_size):  # same gradient, less memory
-                micro = collate(batch[start : start + cfg.microbatch_size], pad_id)
-                with common.arithmetic(device, cfg.dtype):
-                    nll = completion_nll(model, *(x.to(device) for x in micro))
-                (nll / num_tokens).backward()
-                loss += nll.item() / num_tokens
-            grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
-            lr = schedule.get_last_lr()[0]
+    if state:
+        common.restore(state, optimizer, schedule)
+    steps_done = state["steps_done"] if state else 0
+    loss_before = state["loss_before"] if state else evaluate(
+        model, eval_examples, cfg, pad_id, device
+    )
+    log = common.open_log(common.start_logs(cfg, state), cfg.tensorboard)
+    stop, skipped = common.StopRequest(), common.SkippedSteps()
+    batches = common.endless_epochs(lengths, cfg.batch_size, generator)
+    batches = itertools.islice(batches, steps_done, num_steps)  # a resumed run repeats the draws
+    progress = tqdm(batches, desc="sft", unit="step", initial=steps_done, total=num_steps)
+    for step, rows in enumerate(progress, steps_done + 1):
+        batch = [examples[row] for row in rows]
+        num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
+        loss = 0.0
+        for start in range(0, len(batch), cfg.microbatch_size):  # same gradient, less memory
+            micro = collate(batch[start : start + cfg.microbatch_size], pad_id)
+            with common.arithmetic(device, cfg.dtype):
+                nll = completion_nll(model, *(x.to(device) for x in micro))
+            (nll / num_tokens).backward()
+            loss += nll.item() / num_tokens
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+        if skipped.may_step([grad_norm], f"up to step {step}, where the loss is {loss:.3g}"):
             optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        lr = schedule.get_last_lr()[0]
+        schedule.step()
+        optimizer.zero_grad()
 
-            row = {
-                "iteration": len(metrics) + 1,
-                "loss": loss,  # nats per token; falls fast, then slowly
-                "grad_norm": grad_norm,  # before clipping; steady after the warm-up
-                "lr": lr,
-            }
-            metrics.append(row)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            progress.update()
-    progress.close()
+        row = {
+            "iteration": step,
+            "loss": loss,  # nats per token; falls fast, then slowly
+            "grad_norm": grad_norm,  # before clipping; steady after the warm-up
+            "lr": lr,
+        }
+        log(row)
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if step < num_steps and (stop.signal or step % cfg.save_every == 0):
+            more = {"steps_done": step, "loss_before": loss_before}
+            with common.saved_run(cfg, optimizer, schedule, **more) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+            if stop.signal:
+                progress.close()
+                stop.leave(cfg)
 
     # -- held-out result, checkpoint, samples
     loss_after = evaluate(model, eval_examples, cfg, pad_id, device)
     before_after = {"loss_before": loss_before, "loss": loss_after}
-    metrics.append({"split": "eval", "iteration": num_steps} | before_after)
-    with common.written_whole(cfg.output) as folder:
+    log({"split": "eval", "iteration": num_steps} | before_after)
+    with common.saved_run(cfg) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for row in metrics:
-            common.append_json_line(folder / "metrics.jsonl", row)
     print(
         f"\nheld-out loss {loss_before:.3f} -> {loss_after:.3f} nats per token, perplexity "
         f"{math.exp(loss_before):.2f} -> {math.exp(loss_after):.2f}; samples:"
@@ -305,5 +336,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with common.command_line():
+    with common.command_line(MEMORY_FLAGS):
         main(common.parse_args(Config, __doc__.splitlines()[0]))

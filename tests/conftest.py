@@ -83,7 +83,7 @@ def run_stage(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         status = 0
         try:
-            with common.command_line():
+            with common.command_line(module.MEMORY_FLAGS):
                 module.main(common.parse_args(module.Config, module.__doc__.splitlines()[0]))
         except SystemExit as stop:
             status = stop.code

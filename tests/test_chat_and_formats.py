@@ -183,7 +183,7 @@ def test_a_preference_set_in_each_format_gives_the_same_reward_model_to_the_last
         elif kind == "two files":
             files = [write_rows(tmp_path / "first.jsonl", rows[:2]), write_rows(tmp_path / "second.jsonl", rows[2:])]
         flags = ["--model", chat_world / "hh", "--data", *files, "--eval-data", *files, "--batch-size", 2, "--device", "cpu"]
-        status, out, err = run_stage(reward_model, *flags, "--output", tmp_path / "out")
+        status, out, err = run_stage(reward_model, *flags, "--output", tmp_path / "out", "--overwrite")
         assert status == 0 and f"preferences: {len(rows)} rows read, {len(rows)} examples used\n" in out, err
         weights[kind] = load_file(tmp_path / "out" / "model.safetensors")
     before = load_file(chat_world / "hh" / "model.safetensors")

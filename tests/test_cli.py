@@ -176,7 +176,7 @@ def test_a_bad_data_file_stops_each_stage_and_leaves_an_earlier_output_alone(wor
     (output / "metrics.jsonl").write_text("")
     flags = {"sft": ["--data", bad], "reward_model": ["--model", world / "sft", "--data", bad]}
     flags = flags.get(module.__name__) or ppo_flags(world, output, "--prompts", bad)
-    refused(run_stage(module, *flags, "--output", output), module.__name__, "bad.jsonl line 1", "'question'", '"prompt": "..."')
+    refused(run_stage(module, *flags, "--output", output, "--overwrite"), module.__name__, "bad.jsonl line 1", "'question'", '"prompt": "..."')
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "out"]
     assert (output / "precious").read_text() == "kept"
 

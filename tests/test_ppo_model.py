@@ -201,7 +201,7 @@ def test_micro_batch_size_changes_no_gradient_of_the_real_loop(world, tmp_path, 
     monkeypatch.setattr(ppo, "clip_grad_norm_", record)
     for size in (8, 3, 1):
         seen = []
-        more = ["--critic", critic, "--advantage", advantage, "--entropy-coef", "0.01", "--microbatch-size", size]
+        more = ["--critic", critic, "--advantage", advantage, "--entropy-coef", "0.01", "--microbatch-size", size, "--overwrite"]
         with pytest.raises(GradientSeen):
             run_stage(ppo, *flags(world, tmp_path / "out", *more))
         gradients[size] = sum(seen, [])
@@ -238,7 +238,7 @@ def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage)
     """With learning rates 0 and one minibatch, each epoch's gradient is the same one again."""
     norms = []
     for epochs in (1, 3):
-        more = ["--iterations", "1", "--lr", "0", "--critic-lr", "0", "--ppo-epochs", epochs, "--max-grad-norm", "1e9"]
+        more = ["--iterations", "1", "--lr", "0", "--critic-lr", "0", "--ppo-epochs", epochs, "--max-grad-norm", "1e9", "--overwrite"]
         assert run_stage(ppo, *flags(world, tmp_path / "out", *more))[0] == 0
         row = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
         norms.append([row["grad_norm"], row["critic_grad_norm"]])
@@ -300,7 +300,7 @@ def test_a_reward_file_may_hold_dataclasses_import_neighbours_and_be_called_math
 
 def test_gradient_checkpointing_changes_no_metric(world, tmp_path, run_stage):
     logs = []
-    for more in ([], ["--gradient-checkpointing"]):
+    for more in ([], ["--gradient-checkpointing", "--overwrite"]):
         assert run_stage(ppo, *flags(world, tmp_path / "out", *more))[0] == 0
         logs.append(read_rows(tmp_path / "out" / "metrics.jsonl"))
     for plain, checkpointed in zip(*logs, strict=True):

@@ -62,7 +62,7 @@ def test_micro_batch_size_changes_no_gradient_of_the_real_loop(world, tmp_path, 
     for size in (8, 3, 1):
         with pytest.raises(GradientSeen):
             run_stage(sft, "--model", world / "sft", "--data", world / "sft.jsonl", "--output", tmp_path / "out",
-                      "--batch-size", 8, "--microbatch-size", size, "--device", "cpu")
+                      "--batch-size", 8, "--microbatch-size", size, "--device", "cpu", "--overwrite")
     assert max(g.abs().max() for g in gradients[0]) > 1e-3
     for other in gradients[1:]:
         assert all((a - b).abs().max() < 1e-6 for a, b in zip(gradients[0], other, strict=True))

@@ -1,0 +1,344 @@
+"""Runs that stop and go on: exact resume, signals, kills, locks, full disks, damaged state."""
+
+import errno
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, read_rows, tiny_scalar
+from test_cli import refused
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import ppo
+import reward_model
+import sft
+
+STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
+TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second"}
+
+
+def flags_of(stage, world, *more):
+    """A run of six iterations that saves every second one."""
+    data = lambda name: ["--data", world / name, "--eval-data", world / name, "--batch-size", 8, "--epochs", 2]
+    flags = {
+        "sft": ["--model", world / "sft", *data("sft.jsonl")],
+        "reward_model": ["--model", world / "sft", *data("pairs.jsonl")],
+        "ppo": ["--policy", world / "sft", "--reward", world / "reward_model", "--prompts", world / "prompts.jsonl",
+                "--eval-prompts", world / "prompts.jsonl", "--iterations", 6, "--batch-size", 8, "--minibatch-size", 4,
+                "--response-length", 6, "--kl-target", 3, "--eval-every", 3],
+    }[stage]
+    return [*flags, "--lr", 1e-3, "--save-every", 2, "--device", "cpu", *more]
+
+
+def contents(folder):
+    """What two equal runs have in common: all weights, and the logs without times."""
+    folder = pathlib.Path(folder)
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (folder / name).exists():
+            files[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(folder / name)]
+    assert len(files) > 1
+    return files
+
+
+def interrupt(monkeypatch, module, iteration, action):
+    """Call action() in the middle of this iteration of the stage's next run."""
+    clip, calls = module.clip_grad_norm_, []
+    steps = {"ppo": 16}.get(module.__name__, 1)  # ppo clips two models in each of 8 optimizer steps
+
+    def wrapped(*arguments):
+        calls.append(None)
+        if len(calls) == (iteration - 1) * steps + 1:
+            action()
+        return clip(*arguments)
+
+    monkeypatch.setattr(module, "clip_grad_norm_", wrapped)
+    return lambda: monkeypatch.setattr(module, "clip_grad_norm_", clip)
+
+
+KINDS = [(stage, []) for stage in STAGES] + [("ppo", ["--critic", "shared"]), ("ppo", ["--advantage", "bandit", "--gradient-checkpointing"])]
+
+
+@pytest.mark.parametrize("stage, more", KINDS)
+@pytest.mark.parametrize("how", ["asked to stop", "crashed"])
+def test_a_run_that_stops_and_resumes_equals_one_that_does_not_bit_for_bit(stage, how, more, world, tmp_path, run_stage, monkeypatch):
+    module, flags = STAGES[stage], flags_of(stage, world, *more)
+    assert run_stage(module, *flags, "--output", tmp_path / "whole")[0] == 0
+
+    def crash():
+        raise ZeroDivisionError
+
+    action = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if how == "asked to stop" else crash
+    undo = interrupt(monkeypatch, module, 3, action)
+    if how == "crashed":
+        with pytest.raises(ZeroDivisionError):
+            run_stage(module, *flags, "--output", tmp_path / "parts")
+    else:
+        status, _, err = run_stage(module, *flags, "--output", tmp_path / "parts")
+        assert status == 128 + signal.SIGTERM
+        assert f"stopped; to go on: python {stage}.py --resume --output {tmp_path / 'parts'}" in err
+    undo()
+    done = torch.load(tmp_path / "parts" / "trainer_state" / "state.pt", weights_only=True)
+    assert done["iterations_done" if stage == "ppo" else "steps_done"] == (3 if how == "asked to stop" else 2)
+    assert contents(tmp_path / "parts") != contents(tmp_path / "whole")
+    status, _, err = run_stage(module, "--resume", "--output", tmp_path / "parts")  # the command that was printed
+    assert status == 0, err
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert whole["metrics.jsonl"] == parts["metrics.jsonl"] and whole == parts
+    assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]  # no leftovers beside them
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_starts_at_the_start_where_nothing_was_saved(stage, world, tmp_path, run_stage, monkeypatch):
+    module, flags = STAGES[stage], flags_of(stage, world)
+    assert run_stage(module, *flags, "--output", tmp_path / "whole")[0] == 0
+
+    def crash():
+        raise ZeroDivisionError
+
+    undo = interrupt(monkeypatch, module, 2, crash)
+    with pytest.raises(ZeroDivisionError):
+        run_stage(module, *flags, "--output", tmp_path / "parts")
+    undo()
+    assert not (tmp_path / "parts" / "config.json").exists()
+    assert run_stage(module, "--resume", "--output", tmp_path / "parts")[0] == 0
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+    assert run_stage(module, *flags, "--resume", "--output", tmp_path / "new")[0] == 0  # nor is there a folder
+    assert contents(tmp_path / "whole") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_is_neither_overwritten_nor_mixed_up_unasked(stage, world, tmp_path, run_stage):
+    module, output = STAGES[stage], tmp_path / "out"
+    flags = [*flags_of(stage, world), "--output", output]
+    assert run_stage(module, *flags)[0] == 0
+    before = contents(output)
+    refused(run_stage(module, *flags), stage, "holds a run; --resume goes on with it, --overwrite replaces it")
+    refused(run_stage(module, *flags, "--resume", "--overwrite"), stage, "give one of them")
+    if stage == "ppo":
+        refused(run_stage(module, *flags, "--resume", "--lr", 5e-4), stage, "--lr is 0.0005, but the run in", "began with 0.001", "May change: device, eval_every")
+        refused(run_stage(module, *flags, "--resume"), stage, "has had its 6 iterations; raise --iterations")
+    else:
+        refused(run_stage(module, *flags, "--resume"), stage, "is finished; --overwrite starts anew")
+    assert contents(output) == before
+    assert run_stage(module, *flags, "--overwrite", "--seed", 1)[0] == 0
+    assert contents(output) != before
+
+
+def test_a_finished_ppo_run_can_be_made_longer(world, tmp_path, run_stage):
+    flags = flags_of("ppo", world, "--output", tmp_path / "out")
+    assert run_stage(ppo, *flags)[0] == 0
+    status, _, err = run_stage(ppo, "--resume", "--output", tmp_path / "out", "--iterations", 8)
+    rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
+    assert status == 0 and [row["iteration"] for row in rows] == list(range(1, 9)), err
+    assert rows[6]["lr"] == pytest.approx(1e-3 * (1 - 6 / 8)) and rows[6]["policy_loss"] != 0  # of the new schedule
+
+
+def test_two_runs_cannot_write_one_folder(world, tmp_path, run_stage):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / "out.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(run_stage(sft, *flags_of("sft", world), "--output", tmp_path / "out"), "sft", "another run is writing to --output")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_signal_ends_at_once_and_leaves_the_last_checkpoint(world, tmp_path, run_stage, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    undo = interrupt(monkeypatch, ppo, 4, twice)
+    status, _, err = run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out")
+    undo()
+    assert status == 130 and "interrupted" in err
+    assert torch.load(tmp_path / "out" / "trainer_state" / "state.pt", weights_only=True)["iterations_done"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("moment", ["models", "state", "between the renames"])
+def test_a_kill_within_a_save_leaves_the_last_checkpoint_to_resume_from(moment, world, tmp_path, run_stage, monkeypatch):
+    """SIGKILL runs no clean-up, so the folders are left as they are at that moment."""
+    assert run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "whole")[0] == 0
+    output = tmp_path / "parts"
+
+    class Killed(BaseException):
+        pass
+
+    saves, save, rename, rmtree = [], torch.save, pathlib.Path.rename, shutil.rmtree
+
+    def die(*arguments, **options):
+        raise Killed
+
+    def save_or_die(state, path, **options):
+        saves.append(path)
+        if len(saves) == 2 and moment == "state":
+            monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
+            pathlib.Path(path).write_bytes(b"half")
+            die()
+        return save(state, path, **options)
+
+    def rename_or_die(self, target):
+        if len(saves) == 2 and moment == "between the renames" and self.name.endswith(".new"):
+            monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
+            die()
+        return rename(self, target)
+
+    monkeypatch.setattr(torch, "save", save_or_die)
+    monkeypatch.setattr(pathlib.Path, "rename", rename_or_die)
+    if moment == "models":
+        original = ppo.save_checkpoint
+
+        def save_checkpoint(cfg, policy, *arguments, **more):
+            if saves:
+                monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
+                monkeypatch.setattr(policy, "save_pretrained", lambda folder: (folder / "config.json").write_text("{}") and die())
+            return original(cfg, policy, *arguments, **more)
+
+        monkeypatch.setattr(ppo, "save_checkpoint", save_checkpoint)
+    with pytest.raises(Killed):
+        run_stage(ppo, *flags_of("ppo", world), "--output", output)
+    assert (tmp_path / "parts.new").exists() and output.exists() == (moment != "between the renames")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
+    del rmtree
+    status, _, err = run_stage(ppo, *flags_of("ppo", world), "--resume", "--output", output)
+    assert status == 0, err
+    assert contents(output) == contents(tmp_path / "whole") and sorted(os.listdir(tmp_path)) == ["parts", "whole"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(stage, world, tmp_path, run_stage, monkeypatch):
+    module, output, saves = STAGES[stage], tmp_path / "out", []
+    save = torch.save
+
+    def full(state, path, **options):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    result = run_stage(module, *flags_of(stage, world), "--output", output)
+    assert result[0] == 2 and "No space left on device" in result[2] and f"python {stage}.py --resume --output {output}" in result[2]
+    assert "Traceback" not in result[2] and not (tmp_path / "out.new").exists()
+    monkeypatch.setattr(torch, "save", save)
+    assert run_stage(module, "--resume", "--output", output)[0] == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "other flags"])
+def test_a_damaged_state_is_refused_and_nothing_in_it_is_run(damage, world, tmp_path, run_stage, monkeypatch):
+    undo = interrupt(monkeypatch, sft, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    flags = [*flags_of("sft", world), "--output", tmp_path / "out"]
+    run_stage(sft, *flags)
+    undo()
+    path = tmp_path / "out" / "trainer_state" / "state.pt"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "pickle":
+        class Bomb:
+            def __reduce__(self):
+                return (pathlib.Path.touch, (tmp_path / "ran",))
+
+        torch.save({"args": Bomb()}, path)
+        pickle.loads(pickle.dumps(1))
+    else:
+        (tmp_path / "out" / "args.json").write_text("[1]")
+    refused(run_stage(sft, *flags, "--resume"), "sft", "can't re")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_bombs_in_every_file_that_a_stage_could_read_are_never_run(world, tmp_path, run_stage):
+    class Bomb:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "ran",))
+
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "model.safetensors", "value_head.safetensors"):
+        for source in ("sft", "reward_model"):
+            folder = tmp_path / source
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(world / source, folder)
+            if name.startswith("pytorch_model"):
+                (folder / "model.safetensors").unlink()
+            torch.save({"weight": Bomb()}, folder / name)
+        for stage in STAGES:
+            flags = [str(flag).replace(str(world / "sft"), str(tmp_path / "sft")).replace(str(world / "reward_model"), str(tmp_path / "reward_model")) for flag in flags_of(stage, world)]
+            status, _, err = run_stage(STAGES[stage], *flags, "--output", tmp_path / "out", "--overwrite")
+            assert status in (0, 2) and "Traceback" not in err
+            assert not (tmp_path / "ran").exists(), name
+
+
+def test_the_saved_state_of_a_reward_models_scale_is_that_of_the_start(world, tmp_path, run_stage, monkeypatch):
+    model = tiny_scalar(vocab_size=common.load_causal_lm(str(world / "sft"), common.load_tokenizer(str(world / "sft"))).config.vocab_size, max_position_embeddings=128)
+    del model.config.reward_mean, model.config.reward_std
+    model.save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(world / "sft").save_pretrained(tmp_path / "rm")
+    flags = [*flags_of("ppo", world), "--reward", tmp_path / "rm"]
+    assert run_stage(ppo, *flags, "--output", tmp_path / "whole")[0] == 0
+    undo = interrupt(monkeypatch, ppo, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run_stage(ppo, *flags, "--output", tmp_path / "parts")
+    undo()
+    status, out, _ = run_stage(ppo, "--resume", "--output", tmp_path / "parts")
+    assert status == 0 and "scores are taken by mean" not in out  # not measured again
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_gradients_in_a_row_that_are_not_finite_end_the_run_two_do_not(stage, world, tmp_path, run_stage, monkeypatch):
+    module, clip = STAGES[stage], STAGES[stage].clip_grad_norm_
+    for bad in (2, 3):
+        calls = []
+
+        def wrapped(parameters, most):
+            parameters = list(parameters)
+            calls.append(None)
+            if len(calls) <= bad * (2 if stage == "ppo" else 1):
+                parameters[0].grad.fill_(float("nan"))
+            return clip(parameters, most)
+
+        monkeypatch.setattr(module, "clip_grad_norm_", wrapped)
+        status, _, err = run_stage(module, *flags_of(stage, world), "--output", tmp_path / f"out{bad}")
+        assert status == (0 if bad == 2 else 2), err
+        assert ("three optimizer steps in a row had a gradient that is not finite" in err) == (bad == 3)
+    weights = safetensors.torch.load_file(tmp_path / "out2" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("where, phase, flag", [
+    ("generate_responses", "sampling", "--batch-size"), ("token_scores", "scoring", "--microbatch-size"),
+])
+def test_out_of_memory_names_the_phase_the_sizes_and_the_flag_to_halve(where, phase, flag, world, tmp_path, run_stage, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(common, where, fail)
+    result = run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out")
+    refused(result, "ppo", f"out of memory in {phase}, with --batch-size 8, --microbatch-size 32, --max-prompt-length 512, --response-length 6; halve {flag}")
+    assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
+    """One of many: tests/kill_and_resume.py does this at random moments for each stage."""
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    flags = list(map(str, flags_of("sft", world, "--epochs", 40, "--save-every", 1, "--output", tmp_path / "parts")))
+    process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *flags], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "parts" / "trainer_state").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run = subprocess.run([sys.executable, str(ROOT / "sft.py"), *flags, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    steps = [row["iteration"] for row in read_rows(tmp_path / "parts" / "metrics.jsonl") if "split" not in row]
+    assert steps == list(range(1, 121))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
+    assert json.loads((tmp_path / "parts" / "args.json").read_text())["epochs"] == 40
