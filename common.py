@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import sys
@@ -52,13 +53,18 @@ def command_line(memory_flags=()):
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
     script = pathlib.Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no error
     try:
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
+            if is_out_of_memory(error):
+                raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
+            if "probability tensor" in str(error) or "device-side assert" in str(error):
+                raise UserError(explain_bad_sampling(error)) from error
+            raise
     except UserError as error:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -91,6 +97,14 @@ def explain_out_of_memory(error, memory_flags):
     sizes = {name: getattr(cfgs[0], name) for name in SIZES}
     sizes = ", ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
     return f"out of memory in {phase}, with {sizes}; halve {flag}, or try --gradient-checkpointing"
+
+
+def explain_bad_sampling(error):
+    """What torch's sampler means when the logits hold an inf or nan, and when that was."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    seen = [frame.f_locals.get("iteration") for frame in frames if frame.f_code.co_name == "main"]
+    when = f"in iteration {seen[0]}" if seen and seen[0] else "before the first iteration"
+    return f"sampling failed {when}: the policy's logits are not finite; lower --lr, see --dtype"
 
 
 SIZES = ("batch_size", "microbatch_size", "max_prompt_length", "response_length")
@@ -177,6 +191,13 @@ def _parse_args(config_class, description, argv, defaults):
         formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
+    given = sys.argv[1:] if argv is None else argv
+    names = [word.split("=")[0].replace("_", "-") for word in given if word.startswith("--")]
+    lists = [f.name for f in dataclasses.fields(config_class) if "list" in str(f.type)]
+    for name in lists:  # of other flags the last one counts
+        flag = "--" + name.replace("_", "-")
+        if names.count(flag) > 1:
+            raise UserError(f"{flag} is given twice; give all its values at once: {flag} A B")
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -259,6 +280,8 @@ def read_rows(paths, formats):
     example = " or ".join(map(_example, formats))
     rows = []
     for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is given twice")
         number_before = len(rows)
         try:
             with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
@@ -360,11 +383,11 @@ def too_long(cfg, prompt_ids, *responses_ids):
     return None
 
 
-def hold_out(rows, most, seed):
-    """(training rows, held-out rows): a tenth of the rows, at most `most`, drawn by `seed`."""
+def hold_out(rows, most, seed, flag):
+    """(training rows, held-out rows): a tenth, at most `most`; `flag` is another way to them."""
     number = min(most, len(rows) // 10)
     if number == 0:
-        raise UserError(f"{len(rows)} rows are too few to hold some out; give them in a file")
+        raise UserError(f"{len(rows)} rows are too few to hold some out; give some with {flag}")
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     return [rows[i] for i in order[number:]], [rows[i] for i in order[:number]]
 
@@ -431,7 +454,8 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
     A string becomes its ids, with one BOS in front of the prompt if this tokenizer begins its texts
     with it, and one EOS behind the response. A chat is rendered by the tokenizer's template twice:
     up to the words that open the assistant's turn, and whole; what the second adds is the
-    response, up to its last EOS. The template writes BOS itself, so none is added.
+    response, up to the first EOS behind its words, since there the policy's own response would
+    end. The template writes BOS itself, so none is added.
     Prompt and response are tokenised apart, as PPO must: it has the prompt before any response.
 
     Raises:
@@ -445,7 +469,10 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
         bos, prompt_ids = [tokenizer.bos_token_id], ids(prompt)
         begins_with_bos = tokenizer("a")["input_ids"][:1] == bos and prompt_ids[:1] != bos
         prompt_ids = bos + prompt_ids if begins_with_bos else prompt_ids
-        return prompt_ids, [] if response is None else ids(response) + eos
+        response_ids = ids(response or "")
+        if response is not None and response_ids[-1:] != eos:
+            response_ids += eos
+        return prompt_ids, response_ids
     if prompt[-1]["role"] == "assistant":
         raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
     opening = render_chat(tokenizer, prompt, add_generation_prompt=True)
@@ -459,9 +486,13 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
             "does not fit the chat template: a reply is not rendered as the chat so far and more, "
             "so no model that goes on with the one could write the other"
         )
-    response_ids = ids(whole[len(opening) :])
-    ends = [i for i, id in enumerate(response_ids) if id in {*eos, *eos_ids}]
-    return ids(opening), response_ids[: ends[-1] + 1] if ends else response_ids + eos
+    text, last_words = whole[len(opening) :], response[-1]["content"].strip()
+    words_end = max(text.rfind(last_words), 0) + len(last_words)
+    is_end = lambda id: id in {*eos, *eos_ids}
+    num_within = sum(map(is_end, ids(text[:words_end])))  # of earlier turns, or quoted
+    response_ids = ids(text)
+    ends = [i for i, id in enumerate(response_ids) if is_end(id)][num_within:]
+    return ids(opening), response_ids[: ends[0] + 1] if ends else response_ids + eos
 
 
 def render_chat(tokenizer, messages, **options):
@@ -485,8 +516,10 @@ def shown(prompt):
 def eos_token_ids(tokenizer, model):
     """All ids that end a text, sorted: the tokenizer's EOS, and those stored with the model."""
     stored = getattr(model, "generation_config", model.config).eos_token_id
-    stored = stored if isinstance(stored, list) else [stored]
-    return sorted({tokenizer.eos_token_id, *stored} - {None})
+    stored = [id for id in (stored if isinstance(stored, list) else [stored]) if id is not None]
+    if not all(isinstance(id, int) and id >= 0 for id in stored):
+        raise UserError(f"the model's eos_token_id is {stored}; it must be one or more token ids")
+    return sorted({tokenizer.eos_token_id, *stored})
 
 
 # === Models =======================================================================================
@@ -501,18 +534,25 @@ def _load(auto_class, path, made_by, trust_remote_code, **options):
         options |= {"use_safetensors": True, "output_loading_info": True}
     hint = f"; make it with: {made_by}" if made_by else ""
     if not os.path.isdir(path):
-        if hint and path.split("/")[0] == "ckpt":
-            raise UserError(f"there is no folder {path}{hint}")  # no use in asking the hub
+        is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
+        if not is_hub_id or hint and path.split("/")[0] == "ckpt":
+            raise UserError(f"there is no folder {path!r}{hint}")  # no use in asking the hub
         _say_that_the_hub_is_asked(path)
     try:
-        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+        loaded = auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
+        if is_out_of_memory(error):
+            raise
         what = "can't be loaded" if os.path.isdir(path) else "is no folder and can't be fetched"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if "trust_remote_code=True" in str(error):
             lines = ["it brings code of its own, which is run only with --trust-remote-code"]
-        reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")
+        reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]
         raise UserError(f"{path} {what}: {reason}{hint}") from error
+    for name, weight in loaded[0].named_parameters() if "dtype" in options else ():
+        if not weight.isfinite().all():
+            raise UserError(f"{path} holds a weight that is not finite, in {name}")
+    return loaded
 
 
 def _config_without_dropout(path, made_by, trust_remote_code, **options):
@@ -530,6 +570,8 @@ def load_causal_lm(path, tokenizer, made_by=None, trust_remote_code=False):
     The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
     """
     config = _config_without_dropout(path, made_by, trust_remote_code)
+    if re.search("Classification|MaskedLM", str(config.architectures)):
+        raise UserError(f"{path} is no causal LM but a {config.architectures[0]}")
     model, info = _load(
         AutoModelForCausalLM, path, made_by, trust_remote_code, config=config, dtype=torch.float32
     )
@@ -563,7 +605,8 @@ def _load_classifier(path, made_by, trust_remote_code):
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
     mean, deviation = score_scale(config)
-    if not (math.isfinite(mean) and 0 < deviation < math.inf):
+    is_number = type(mean) in (int, float) and type(deviation) in (int, float)
+    if not (is_number and math.isfinite(mean) and 0 < deviation < math.inf):
         raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
     model, info = _load(
         AutoModelForSequenceClassification, path, made_by, trust_remote_code, config=config,
@@ -585,6 +628,9 @@ def load_scalar_model(path, tokenizer, made_by=None, trust_remote_code=False):
         raise UserError(f"{path} is not whole: it has no {lost[0]}")
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
+    with contextlib.suppress(OSError):  # what ends a causal LM's texts may stand only there
+        stored = GenerationConfig.from_pretrained(path).eos_token_id
+        model.config.eos_token_id = model.config.eos_token_id if stored is None else stored
     return model, bool(missing)
 
 
@@ -602,10 +648,12 @@ def load_text_scorer(path, made_by=None, trust_remote_code=False):
     tokenizer = _load(AutoTokenizer, path, made_by, trust_remote_code)
     model, missing = _load_classifier(path, made_by, trust_remote_code)
     if missing:
-        raise UserError(f"{path} has no trained reward head: it has no {missing[0]}")
+        raise UserError(
+            f"{path} is no trained reward model: it has no {missing[0]}; make one with: {made_by}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        fit_embeddings(model, tokenizer)
+    fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
@@ -613,17 +661,24 @@ def load_text_scorer(path, made_by=None, trust_remote_code=False):
 def fit_embeddings(model, tokenizer):
     """Add an embedding for the new pad token if the model has no spare one."""
     size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size + 1:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {size}")
-    if len(tokenizer) > size:
-        model.resize_token_embeddings(len(tokenizer))
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > size + 1:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has ids up to {needed - 1}, the model "
+            f"embeds only {size}; they do not belong together"
+        )
+    if needed > size:
+        model.resize_token_embeddings(needed)
 
 
 def check_context(model, length, flags):
     """Stop if sequences of `length` tokens do not fit the model's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise UserError(f"{length} tokens do not fit the model's {limit} positions; lower {flags}")
+        raise UserError(
+            f"{length} tokens do not fit the model's {limit} positions ({type(model).__name__}); "
+            f"lower {flags}"
+        )
 
 
 def enable_gradient_checkpointing(model):
@@ -663,16 +718,20 @@ def last_token_index(attention_mask):
 
 
 @torch.no_grad()
-def generate_responses(model, prompts, prompt_mask, response_length, temperature):
+def generate_responses(
+    model, prompts, prompt_mask, response_length, temperature, to_the_full=False
+):
     """Sample a response to each left-padded prompt: (B, P) -> (B, R) ids, R <= response_length.
 
     After an EOS a row holds pad. Temperature is the only setting, since top-k or top-p would sample
-    from another distribution than the one whose log-probabilities are computed.
+    from another distribution than the one whose log-probabilities are computed. With
+    `to_the_full` no response ends early: that is for trying out what fits into memory.
     """
     stored = model.generation_config
     sampling = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
         eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id,
+        min_new_tokens=response_length if to_the_full else None,
     )
     training = model.training
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
@@ -723,9 +782,16 @@ def open_run(cfg, may_change=()):
         UserError: the folder can't be written, another run writes it, it holds anything but a run,
             or a run that is neither to be resumed nor overwritten, or one with other flags.
     """
-    output = pathlib.Path(cfg.output)
-    if output.name in ("", ".."):
+    if pathlib.Path(cfg.output).name in ("", ".."):
         raise UserError(f"--output {cfg.output!r} is no name for a new folder")
+    output = output_folder(cfg)
+    read = [getattr(cfg, name, None) for name in ("model", "policy")] + getattr(cfg, "reward", [])
+    if any(path and os.path.realpath(path) == str(output) for path in read):
+        raise UserError(f"--output {cfg.output} is a folder that the run reads; name another")
+    for beside in (_beside(output, "new"), _beside(output, "old")):
+        held = os.listdir(beside) if beside.is_dir() else []
+        if beside.is_file() or held and "metrics.jsonl" not in held:
+            raise UserError(f"{beside} is in the way of --output {cfg.output}; move it")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     try:
@@ -747,6 +813,11 @@ def open_run(cfg, may_change=()):
     if not cfg.resume or "config.json" not in held:
         return None  # nothing was saved yet
     return _read_state(output, cfg, may_change)
+
+
+def output_folder(cfg):
+    """--output as a path, through symbolic links: a save renames the folder itself."""
+    return pathlib.Path(os.path.realpath(cfg.output))
 
 
 def _beside(output, ending):
@@ -793,7 +864,7 @@ def _read_state(output, cfg, may_change):
 
 def start_logs(cfg, state):
     """The output folder with its logs: new, or as they were at the checkpoint of `state`."""
-    output = pathlib.Path(cfg.output)
+    output = output_folder(cfg)
     if state is None:
         if output.exists():  # --overwrite, or a run killed before its first checkpoint
             shutil.rmtree(_beside(output, "gone"), ignore_errors=True)
@@ -828,7 +899,7 @@ def saved_run(cfg, optimizer=None, schedule=None, **more):
     Without an optimizer the run is finished, and cannot be resumed. `more` is kept with the state:
     tensors, numbers, strings, lists and dicts.
     """
-    output = pathlib.Path(cfg.output)
+    output = output_folder(cfg)
     try:
         with written_whole(output) as folder:
             yield folder
@@ -923,7 +994,7 @@ def append_json_line(path, row):
     is_nan = lambda value: isinstance(value, float) and not math.isfinite(value)
     row = {key: None if is_nan(value) else value for key, value in row.items()}
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(

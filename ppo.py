@@ -154,6 +154,7 @@ MEMORY_FLAGS = {
     "sample_responses": ("sampling", "--batch-size"),
     "score_responses": ("scoring", "--microbatch-size"),
     "evaluate_tokens": ("the log-probabilities", "--microbatch-size"),
+    "rehearse": ("a trial of the largest batch", "--microbatch-size"),
 }
 
 
@@ -195,12 +196,12 @@ def with_embedded_defaults(cfg):
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
 # FORK: other prompt data become rows with a "prompt" here.
 def load_prompts(paths, tokenizer, cfg, source):
-    """The rows of prompt files that fit, each with its token ids under "prompt_ids"."""
+    """The rows of prompt files that fit, each with its token ids as the attribute prompt_ids."""
 
     def convert(row):
-        prompt_ids, _ = common.encode(tokenizer, row["prompt"])
-        reason = common.too_long(cfg, prompt_ids) if prompt_ids else "empty"
-        yield reason or row | {"prompt_ids": prompt_ids}
+        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"])
+        reason = common.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty"
+        yield reason or row
 
     return common.convert_rows(common.read_rows(paths, [("prompt",)]), convert, source)
 
@@ -235,7 +236,7 @@ def sample_responses(policy, rows, cfg, device):
     """
     settings = policy.generation_config
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
-    prompts = common.pad([row["prompt_ids"] for row in rows], settings.pad_token_id, "left")
+    prompts = common.pad([row.prompt_ids for row in rows], settings.pad_token_id, "left")
     prompts, prompt_mask = (x.to(device) for x in prompts)  # (B, P)
     with common.arithmetic(device, cfg.dtype):
         response = common.generate_responses(
@@ -280,21 +281,24 @@ def call_reward(function, rows, responses):
     """Scores (B,) float32 from a Python function, checked to be one finite number per response."""
     name = getattr(function, "__name__", "the reward function") + "()"
     try:
-        scores = function([row["prompt"] for row in rows], responses, rows)
+        its_rows = copy.deepcopy(rows)  # what it does to them stays its own
+        scores = function([row["prompt"] for row in its_rows], list(responses), its_rows)
+        scores = scores if isinstance(scores, (str, dict, set)) else list(scores)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({place.filename} line {place.lineno})"
+        reason += "; it is called as function(prompts, responses, rows)"
         raise UserError(f"{name} failed: {reason}") from error
-    if not hasattr(scores, "__len__") or isinstance(scores, (str, dict, set)):
+    if not isinstance(scores, list):
         raise UserError(f"{name} returned a {type(scores).__name__}, not a list of numbers")
     if len(scores) != len(rows):
         raise UserError(f"{name} returned {len(scores)} scores for {len(rows)} responses")
     for score, row, response in zip(scores, rows, responses):
         try:
             is_number = not isinstance(score, str) and torch.tensor(float(score)).isfinite()
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # whatever its __float__ raises
             is_number = False
         if not is_number:
             raise UserError(
@@ -307,19 +311,25 @@ def call_reward(function, rows, responses):
 class TextScorer:
     """A reward model that reads other tokens than the policy writes, as a function of texts.
 
-    Each text is encoded as this model expects it: whole, by its chat template if it has one (a
-    prompt that is no chat becomes the user's message), as a pair of texts if it is an encoder, else
-    as prompt, response and EOS. Texts do not show whether a response ended, so a cut one is read as
-    ended; --missing-eos-penalty makes up for it.
+    Each text is encoded as this model expects it. One that reward_model.py made reads what it was
+    trained on, the ids of `common.encode`. Another reads the text whole by its chat template if it
+    has one (a prompt that is no chat becomes the user's message), a pair of texts if it is an
+    encoder, else prompt, response and EOS. Texts do not show whether a response ended, so a cut one
+    is read as ended; --missing-eos-penalty makes up for it.
     """
 
     def __init__(self, classifier, tokenizer, cfg, device):
         self.classifier = classifier.requires_grad_(False).to(device)
         self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
         self.config, self.__name__ = classifier.config, tokenizer.name_or_path
+        self.is_ours = hasattr(self.config, "reward_mean")
 
     def encode(self, prompt, response):
         """The model's inputs for one prompt and response: lists under "input_ids" and so on."""
+        if self.is_ours:
+            eos_ids = common.eos_token_ids(self.tokenizer, self.classifier)
+            response = response if isinstance(prompt, str) else response.strip()
+            return {"input_ids": sum(common.encode(self.tokenizer, prompt, response, eos_ids), [])}
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             chat = [*chat, {"role": "assistant", "content": response.strip()}]
@@ -340,8 +350,12 @@ class TextScorer:
         for start in range(0, len(inputs), self.cfg.microbatch_size):
             some = inputs[start : start + self.cfg.microbatch_size]
             padded = self.tokenizer.pad(some, padding_side="right", return_tensors="pt")
-            with common.arithmetic(self.device, self.cfg.dtype):
-                scores += self.classifier(**padded.to(self.device)).logits[:, 0].float().tolist()
+            try:
+                with common.arithmetic(self.device, self.cfg.dtype):
+                    logits = self.classifier(**padded.to(self.device)).logits  # (b, 1)
+            except IndexError:  # RoBERTa's has fewer positions than its config says
+                raise UserError(f"{self.__name__} can't read {longest} tokens") from None
+            scores += logits[:, 0].float().tolist()
         return [(score - mean) / deviation for score in scores]
 
 
@@ -366,6 +380,8 @@ def score_responses(scorers, tokens, attention_mask, rows, responses, cfg):
                 token_scores = common.token_scores(scorer, micro_tokens, micro_mask)  # (b, P+R)
             parts.append(token_scores.gather(1, last_index).squeeze(1))
         scores += torch.cat(parts)
+    if not scores.isfinite().all():
+        raise UserError("a score is not finite; look at --reward, its model and --dtype")
     return scores
 
 
@@ -675,6 +691,7 @@ def metrics_row(
         "approx_kl_first": steps[0][APPROX_KL].item(),  # 0 up to rounding; a mean ratio hides noise
         "explained_variance": 1 - unexplained,  # below 0 at first, then up
         "optimizer_steps": len(steps),  # fewer when --target-kl stopped it, the last not taken
+        "skipped_steps": sum(not math.isfinite(sum(norms)) for norms in grad_norms),  # 0
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
         "lr": schedule.get_last_lr()[0],  # the policy's
@@ -688,7 +705,7 @@ def metrics_row(
 def health_warnings(history):
     """What looks wrong in the last of the metrics rows: {symptom: message}."""
     row = history[-1]
-    unexplained = sum(old["explained_variance"] < 0 for old in history[-10:]) == 10
+    unexplained = sum((old["explained_variance"] or 0) < 0 for old in history[-10:]) == 10
     norms = row["grad_norm"] + row["critic_grad_norm"]
     rules = (  # name, is it seen, symptom, usual causes
         ("ratio", row["approx_kl_first"] > 1e-3 or abs(row["ratio_first"] - 1) > 1e-2,
@@ -710,6 +727,13 @@ def health_warnings(history):
          "--lr too high; rewards of enormous size"),
     )
     return {name: f"{what}. Usual causes: {causes}" for name, seen, what, causes in rules if seen}
+
+
+def recent(history):
+    """The last iterations in words, for when the run has to stop."""
+    keys = ("iteration", "score", "kl", "policy_loss", "grad_norm")
+    rows = [", ".join(f"{key} {row[key]:.4g}" for key in keys) for row in history[-3:]]
+    return "after " + ("; ".join(rows) or "no iteration")
 
 
 def show_iteration(log, progress, history, told):
@@ -752,8 +776,8 @@ def print_report(cfg, models, lrs, tokenizer, rows, eval_rows):
         is_model = isinstance(model, torch.nn.Module)
         print(common.describe("reward", model, False) if is_model else f"  {'reward':<14}{spec}")
         if isinstance(scorer, TextScorer):
-            print(f"  {'':<14}{spec} has other tokens: responses are decoded and encoded for it")
-    if cfg.critic == "separate" and not isinstance(scorers[0], torch.nn.Module):
+            print(f"  {'':<14}{spec} reads texts: responses are decoded and encoded for it")
+    if cfg.critic == "separate" and not any(isinstance(s, torch.nn.Module) for s in scorers):
         print(f"  {'':<14}the critic starts from the policy, with a head of zeros")
     num_minibatches = cfg.batch_size // cfg.minibatch_size
     num_micro = math.ceil(cfg.minibatch_size / cfg.microbatch_size)
@@ -766,7 +790,7 @@ def print_report(cfg, models, lrs, tokenizer, rows, eval_rows):
         f"micro-batches of up to {cfg.microbatch_size}\n"
         f"  lr {lrs[0]:g}, critic lr {lrs[1]:g} (by model size, unless --lr, --critic-lr are given)"
     )
-    common.print_tokens(tokenizer, policy, rows[0]["prompt_ids"])
+    common.print_tokens(tokenizer, policy, rows[0].prompt_ids)
 
 
 def print_result(before, after, baseline, samples, output):
@@ -836,20 +860,26 @@ def load_checkpoint(cfg, policy, critic, tokenizer):
 
 
 # === 9. Models and main loop: sections 1 to 6 in order ============================================
-def load_scorer(spec, cfg, tokenizer, device):
-    """A function, a frozen reward model that reads the policy's tokens, or else a TextScorer."""
+def load_scorer(spec, cfg, policy, tokenizer, device):
+    """A function, a frozen reward model that reads the policy's tokens, or else a TextScorer.
+
+    Read token by token are those that reward_model.py made, on this tokenizer and chat template:
+    of others nobody knows at which token they were trained to answer, but their own forward.
+    """
     if ".py" in spec and not os.path.isdir(spec):
         return load_function(spec)
     made_by, trust = "python reward_model.py", cfg.trust_remote_code
     theirs = common.load_tokenizer(spec, made_by, trust, needs_eos=False)
+    classifier, own = common.load_text_scorer(spec, made_by, trust)
+    is_ours = hasattr(classifier.config, "reward_mean") and common.has_token_head(classifier)
     same_tokens = theirs.get_vocab() == tokenizer.get_vocab()
-    if not same_tokens or theirs.chat_template != tokenizer.chat_template:
-        classifier, theirs = common.load_text_scorer(spec, made_by, trust)
-        return TextScorer(classifier, theirs, cfg, device)
-    reward_model, head_is_new = common.load_scalar_model(spec, tokenizer, made_by, trust)
-    if head_is_new:
-        raise UserError(f"{spec} has no trained reward head; make one with: {made_by}")
-    return reward_model.requires_grad_(False).to(device)
+    embedded = classifier.get_input_embeddings().num_embeddings
+    if (
+        is_ours and same_tokens and theirs.chat_template == tokenizer.chat_template
+        and embedded >= policy.get_output_embeddings().out_features
+    ):
+        return classifier.requires_grad_(False).to(device)
+    return TextScorer(classifier, own, cfg, device)
 
 
 def set_score_scales(known, scorers, policy, ref_policy, rows, tokenizer, cfg, device):
@@ -872,11 +902,14 @@ def set_score_scales(known, scorers, policy, ref_policy, rows, tokenizer, cfg, d
         if not 0 < deviation < math.inf:
             raise UserError(f"{spec} gives all responses of {cfg.policy} the score {mean:g}")
         config.reward_mean, config.reward_std = known[spec] = mean, deviation
-        print(f"  {spec}: scores are taken by mean {mean:.3f} and deviation {deviation:.3f}")
+        print(
+            f"  {spec}: scores are taken by mean {mean:.3f} and deviation {deviation:.3f} of those "
+            f"of {len(samples)} responses by {cfg.policy}"
+        )
 
 
-def load_critic(cfg, reward, policy, tokenizer):
-    """The critic: a copy of the reward model, or of the policy's trunk if the reward is a function.
+def load_critic(cfg, scorers, policy, tokenizer):
+    """The critic: a copy of the first reward model that reads the policy's tokens, or the policy.
 
     A reward model has learned what scores depend on, which is most of what a critic must know.
     --critic shared is only a linear head: it saves a model and its optimizer, but its loss,
@@ -885,8 +918,8 @@ def load_critic(cfg, reward, policy, tokenizer):
     if cfg.critic == "shared":
         head = critic = torch.nn.Linear(policy.get_output_embeddings().in_features, 1)
         torch.nn.init.zeros_(head.bias)
-    elif isinstance(reward, torch.nn.Module):
-        return copy.deepcopy(reward).requires_grad_(True)
+    elif reward_models := [s for s in scorers if isinstance(s, torch.nn.Module)]:
+        return copy.deepcopy(reward_models[0]).requires_grad_(True)
     else:
         trust = cfg.trust_remote_code
         critic, _ = common.load_scalar_model(cfg.policy, tokenizer, trust_remote_code=trust)
@@ -907,16 +940,49 @@ def load_models(cfg, tokenizer, rows, score_scales, device):
     policy = common.load_causal_lm(cfg.policy, tokenizer, made_by, trust).to(device)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    scorers = [load_scorer(spec, cfg, tokenizer, device) for spec in cfg.reward]
-    longest = max(len(row["prompt_ids"]) for row in rows) + cfg.response_length
-    common.check_context(policy, longest, "--max-prompt-length or --response-length")
+    scorers = [load_scorer(spec, cfg, policy, tokenizer, device) for spec in cfg.reward]
+    longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
+    for model in (policy, *(s for s in scorers if isinstance(s, torch.nn.Module))):
+        common.check_context(model, longest, "--max-prompt-length or --response-length")
     some = rows[:256]
     set_score_scales(score_scales, scorers, policy, ref_policy, some, tokenizer, cfg, device)
-    critic = load_critic(cfg, scorers[0], policy, tokenizer).to(device)
+    critic = load_critic(cfg, scorers, policy, tokenizer).to(device)
     if cfg.gradient_checkpointing:
         for model in (policy, critic) if cfg.critic == "separate" else (policy,):
             common.enable_gradient_checkpointing(model)
     return policy, ref_policy, critic, scorers
+
+
+def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
+    """The worst case once before the first iteration, so that memory fails in the first minute.
+
+    A full batch of the longest prompt with responses of full length is sampled, scored and taken
+    through an optimizer step with gradients of 0; weights, random numbers and the optimizer are
+    then what they were.
+    """
+    longest = max((row.prompt_ids for row in rows), key=len)
+    pad_id = policy.generation_config.pad_token_id
+    prompts, mask = (x.to(device) for x in common.pad([longest] * cfg.batch_size, pad_id, "left"))
+    with torch.random.fork_rng(), common.arithmetic(device, cfg.dtype):
+        response = common.generate_responses(
+            policy, prompts, mask, cfg.response_length, cfg.temperature, to_the_full=True
+        )
+    tokens, mask = torch.cat([prompts, response], 1), torch.cat([mask, response == response], 1)
+    models = [scorer for scorer in scorers if isinstance(scorer, torch.nn.Module)]
+    score_responses(models, tokens, mask, None, None, cfg)
+    evaluate_tokens(policy, critic, ref_policy, tokens, mask, cfg.response_length, cfg)
+    with common.arithmetic(device, cfg.dtype):
+        outputs = forward_responses(
+            policy, critic, tokens[: cfg.microbatch_size], mask[: cfg.microbatch_size],
+            cfg.response_length, cfg.temperature, with_entropy=cfg.entropy_coef > 0,
+        )
+    sum(output.sum() for output in outputs).backward()
+    for parameter in [*policy.parameters(), *critic.parameters()]:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.state.clear()
 
 
 def main(cfg):
@@ -928,11 +994,11 @@ def main(cfg):
 
     # -- setup: data, models, optimizer
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
-    rows = load_prompts(cfg.prompts, tokenizer, cfg, "prompts")
+    rows = load_prompts(cfg.prompts, tokenizer, cfg, " ".join(cfg.prompts))
     if cfg.eval_prompts is not None:
         eval_rows = load_prompts(cfg.eval_prompts, tokenizer, cfg, "held out")
     else:
-        rows, eval_rows = common.hold_out(rows, 128, cfg.seed)
+        rows, eval_rows = common.hold_out(rows, 128, cfg.seed, "--eval-prompts")
     judge = None if cfg.judge is None else load_function(cfg.judge)
     score_scales = state["score_scales"] if state else {}
     models = load_models(cfg, tokenizer, rows + eval_rows, score_scales, device)
@@ -949,6 +1015,9 @@ def main(cfg):
     optimizer = torch.optim.Adam(groups, eps=1e-5)  # eps: OpenAI's choice, see Huang et al. 2024
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
     print_report(cfg, models, (lr, critic_lr), tokenizer, rows, eval_rows)
+
+    if device.type == "cuda":
+        rehearse(policy, critic, ref_policy, scorers, optimizer, rows + eval_rows, cfg, device)
 
     # -- the start: a held-out evaluation of the SFT policy, which later ones are compared with
     if state:
@@ -1036,7 +1105,7 @@ def main(cfg):
             grad_norms.append(norms)
             if cfg.target_kl is not None and steps[-1][APPROX_KL] > cfg.target_kl:
                 break  # far enough from pi_old: without this step, and without the epochs left
-            if skipped.may_step(norms, f"in iteration {iteration}"):  # one bad batch ends no run
+            if skipped.may_step(norms, recent(history)):  # one bad batch is no reason to stop
                 optimizer.step()
         clock.append(common.now(device))
 

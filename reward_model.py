@@ -38,7 +38,6 @@ Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one
 import itertools
 import math
 import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,9 +129,16 @@ def row_dialogues(row):
         raise ValueError("has a string as one response and messages as the other")
     if isinstance(chosen, str):
         return (prompt, chosen, rejected) if "prompt" in row else split_texts(chosen, rejected)
-    if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
-        chosen, rejected = prompt + chosen, prompt + rejected
-    return split_chats(chosen, rejected)
+    if isinstance(prompt, list):
+        whole = [chat[: len(prompt)] == prompt for chat in (chosen, rejected)]
+        if not any(whole):
+            chosen, rejected = prompt + chosen, prompt + rejected
+        elif not all(whole):
+            raise ValueError("has the prompt within one of the two responses and not the other")
+    dialogues = split_chats(chosen, rejected)
+    if isinstance(prompt, str) and prompt not in [message["content"] for message in dialogues[0]]:
+        raise ValueError("has a string as the prompt that is no message of the two chats")
+    return dialogues
 
 
 def split_texts(chosen, rejected):
@@ -146,7 +152,8 @@ def split_texts(chosen, rejected):
     if marker in opening:
         length = opening.rindex(marker) + len(marker)
     else:
-        length = len(re.sub(r"\s*\S*$", "", opening))
+        last_word = "" if opening[-1:].isspace() else (opening.split() or [""])[-1]
+        length = len(opening[: len(opening) - len(last_word)].rstrip())
     return opening[:length], chosen[length:], rejected[length:]
 
 
@@ -162,19 +169,21 @@ def split_chats(chosen, rejected):
         if one != other:
             break
     if length == 0:
-        raise ValueError("has two chats that share no message which the assistant answers")
+        raise ValueError(
+            "has two chats that share no message which the assistant answers; put the prompt, as "
+            "messages, into both or under 'prompt'"
+        )
     return chosen[:length], chosen[length:], rejected[length:]
 
 
 def encode_row(row, tokenizer, eos_ids, cfg):
     """The (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
     prompt, chosen, rejected = row_dialogues(row)
-    if chosen == rejected:
-        yield "chosen and rejected the same"
-        return
     prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids)
     _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids)
     reason = common.too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
+    if chosen_ids == rejected_ids:
+        reason = "chosen and rejected the same"
     yield reason or (prompt_ids + chosen_ids, prompt_ids + rejected_ids)
 
 
@@ -247,7 +256,7 @@ def load_data(cfg):
     rows = common.read_rows(cfg.data, formats)
     if cfg.eval_data is not None:
         return rows, common.read_rows(cfg.eval_data, formats)
-    return common.hold_out(rows, 512, cfg.seed)
+    return common.hold_out(rows, 512, cfg.seed, "--eval-data")
 
 
 def save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device):
@@ -296,7 +305,7 @@ def main(cfg):
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3, below
     pad_id, eos_ids = tokenizer.pad_token_id, common.eos_token_ids(tokenizer, model)
     encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
-    pairs = common.convert_rows(rows, encode, "preferences")
+    pairs = common.convert_rows(rows, encode, " ".join(cfg.data))
     eval_pairs = common.convert_rows(eval_rows, encode, "held out")
     lengths = [max(map(len, pair)) for pair in pairs]
     longest = max(len(ids) for pair in pairs + eval_pairs for ids in pair)
@@ -377,7 +386,9 @@ def main(cfg):
     expected = [(scores - mean) / deviation for scores in raw]  # eq. 3
     drift = save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device)
     print_result(row, *raw, drift)
-    print(f"\nwrote {cfg.output}; next: python ppo.py --policy {cfg.model} --reward {cfg.output}")
+    data = "" if cfg.data == Config().data else " --prompts YOUR_PROMPTS.jsonl"
+    flags = f"--policy {cfg.model} --reward {cfg.output}{data}"
+    print(f"\nwrote {cfg.output}; next: python ppo.py {flags}")
 
 
 if __name__ == "__main__":

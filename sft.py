@@ -151,8 +151,9 @@ def row_dialogues(row):
     else:
         return [("", row["text"])]
     chat = prompt + completion
-    turns = [i for i in range(len(prompt), len(chat)) if chat[i]["role"] == "assistant"]
-    if not turns or turns[0] == 0:
+    first = max(len(prompt), 1)  # an opening by the assistant answers nothing
+    turns = [i for i in range(first, len(chat)) if chat[i]["role"] == "assistant"]
+    if not turns:
         raise ValueError("has a chat without a message of the assistant that answers something")
     return [(chat[:i], chat[i : i + 1]) for i in turns]
 
@@ -230,7 +231,7 @@ def load_data(cfg):
     rows = common.read_rows(cfg.data, formats)
     if cfg.eval_data is not None:
         return rows, common.read_rows(cfg.eval_data, formats)
-    return common.hold_out(rows, 512, cfg.seed)
+    return common.hold_out(rows, 512, cfg.seed, "--eval-data")
 
 
 def main(cfg):
@@ -242,17 +243,17 @@ def main(cfg):
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = load_data(cfg)
     source = cfg.output if state else cfg.model
-    if source:
+    if source is not None:
         trust = cfg.trust_remote_code
         tokenizer = common.load_tokenizer(source, trust_remote_code=trust)
         model = common.load_causal_lm(source, tokenizer, trust_remote_code=trust)
     else:
-        texts = [text for row in rows for pair in row_dialogues(row) for text in pair]
+        texts = [row[key] for row in rows for key in ("prompt", "completion", "text") if key in row]
         tokenizer = train_tokenizer([text for text in texts if isinstance(text, str)])
         model = tiny_llama(tokenizer)
     pad_id, eos_ids = tokenizer.pad_token_id, model.generation_config.eos_token_id
     encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
-    examples = common.convert_rows(rows, encode, "demonstrations")
+    examples = common.convert_rows(rows, encode, " ".join(cfg.data))
     eval_examples = common.convert_rows(eval_rows, encode, "held out")
     lengths = [len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in examples]
     longest = max(len(x) + len(y) for x, y in examples + eval_examples)
@@ -332,7 +333,8 @@ def main(cfg):
         f"{math.exp(loss_before):.2f} -> {math.exp(loss_after):.2f}; samples:"
     )
     print_samples(model, tokenizer, eval_examples, cfg, device)
-    print(f"\nwrote {cfg.output}; next: python reward_model.py --model {cfg.output}")
+    data = "" if cfg.data == Config().data else " --data YOUR_PAIRS.jsonl"
+    print(f"\nwrote {cfg.output}; next: python reward_model.py --model {cfg.output}{data}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,13 @@ def run_stage(monkeypatch, capsys):
     """run_stage(module, *flags) -> (exit status, stdout, stderr), as the command line would."""
 
     def run(module, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        groups = {}  # a flag given again replaces the earlier one, also where it takes several values
+        for word in map(str, flags):
+            if word.startswith("--"):
+                name = word
+                groups[name] = []
+            groups[name].append(word)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *sum(groups.values(), [])])
         status = 0
         try:
             with common.command_line(module.MEMORY_FLAGS):

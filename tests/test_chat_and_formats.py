@@ -63,7 +63,7 @@ def test_one_conversation_has_the_same_ids_in_all_three_stages_with_one_bos_and_
 
     paths = [write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt}])]
     (row,) = ppo.load_prompts(paths, tokenizer, ppo.Config(), "prompts")
-    assert row["prompt_ids"] == expected and row["prompt"] == prompt
+    assert row.prompt_ids == expected and row == {"prompt": prompt}
     for row in ({"prompt": prompt, "completion": response}, {"prompt": prompt, "completion": "The owl sings."}):
         assert list(sft.encode_row(row, tokenizer, eos_ids, cfg)) == [(expected, answer)]
     assert list(sft.encode_row({"messages": CHAT}, tokenizer, eos_ids, cfg))[-1] == (expected, answer)
@@ -82,6 +82,7 @@ def test_each_turn_of_the_assistant_is_one_example_that_answers_the_chat_before_
     dialogues = sft.row_dialogues({"messages": CHAT})
     assert dialogues == [(CHAT[:2], CHAT[2:3]), (CHAT[:4], CHAT[4:5])]
     assert sft.row_dialogues({"prompt": CHAT[:3] + CHAT[3:4], "completion": CHAT[4:]}) == [(CHAT[:4], CHAT[4:5])]
+    assert sft.row_dialogues({"messages": CHAT[2:]}) == [(CHAT[2:4], CHAT[4:5])]  # an opening answers nothing
     for chat in (CHAT[:2], CHAT[2:3]):  # nobody answers; nothing is answered
         with pytest.raises(ValueError, match="without a message of the assistant"):
             sft.row_dialogues({"messages": chat})
@@ -95,6 +96,26 @@ def test_a_response_ends_at_any_eos_of_the_model_and_gets_one_where_the_template
     tokenizer = a_tokenizer(HH, "<|end|>")
     _, added = common.encode(tokenizer, CHAT[1:2], CHAT[2:3])
     assert added[-1] == end and added.count(end) == 1
+
+
+def test_a_response_ends_where_the_policys_own_would_whatever_the_template_writes_behind_it():
+    """Phi-3's template writes the end of the turn and then EOS; a model that lists both stops at the first."""
+    phi = CHATML[: CHATML.index("{% if add")] + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+    tokenizer = a_tokenizer(phi, "<|end|>")
+    end, im_end = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
+    _, ids = common.encode(tokenizer, CHAT[:2], CHAT[2:3], [end, im_end])
+    assert ids[-1] == im_end and ids.count(im_end) == 1 and end not in ids
+    _, several = common.encode(tokenizer, CHAT[:2], CHAT[2:], [end, im_end])  # the end of the last turn, not of the first
+    assert tokenizer.decode(several).endswith("The owl sings.<|im_end|>") and several.count(im_end) == 3
+
+
+@pytest.mark.parametrize("words", ["Write <|end|> to stop. More.", "<|end|>", "The end. <|end|>"])
+def test_an_eos_within_the_words_of_a_response_cuts_nothing(words):
+    tokenizer = a_tokenizer(HH, "<|end|>")
+    _, ids = common.encode(tokenizer, CHAT[1:2], [{"role": "assistant", "content": words}])
+    assert ids == tokenizer(f" {words}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    _, plain = common.encode(tokenizer, "a", " Done.<|end|>")
+    assert plain.count(tokenizer.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("template, problem", [
@@ -126,6 +147,8 @@ def test_a_prompt_that_is_no_chat_to_answer_is_refused(tmp_path, row, problem):
     ({"chosen": CHAT[:2], "rejected": CHAT}, "does not end with the assistant's message"),
     ({"chosen": CHAT[2:3], "rejected": CHAT[4:]}, "share no message which the assistant answers"),
     ({"chosen": CHAT[1:3], "rejected": CHAT[3:]}, "share no message which the assistant answers"),
+    ({"prompt": "Another question.", "chosen": CHAT, "rejected": CHAT[:4] + CHAT[2:3]}, "a string as the prompt that is no message of the two chats"),
+    ({"prompt": CHAT[:4], "chosen": CHAT, "rejected": CHAT[2:3]}, "the prompt within one of the two responses and not the other"),
 ])
 def test_pairs_that_are_no_two_answers_to_one_prompt_are_refused(row, problem):
     with pytest.raises(ValueError, match=problem):
@@ -138,6 +161,7 @@ def test_pairs_that_are_no_two_answers_to_one_prompt_are_refused(row, problem):
      ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d", " e")),
     ("A fox. The fox helps", "A fox. The fox hides", ("A fox. The fox", " helps", " hides")),  # not within the word
     ("A fox. The", "A fox. The end", ("A fox.", " The", " The end")), ("one", "two", ("", "one", "two")), ("a  b", "a  c", ("a", "  b", "  c")),
+    ("one two\na", "one two\nb", ("one two", "\na", "\nb")), ("", "a", ("", "", "a")),
 ])
 def test_whole_texts_part_after_the_marker_or_before_the_word_that_differs(chosen, rejected, expected):
     assert reward_model.split_texts(chosen, rejected) == expected
@@ -184,7 +208,7 @@ def test_a_preference_set_in_each_format_gives_the_same_reward_model_to_the_last
             files = [write_rows(tmp_path / "first.jsonl", rows[:2]), write_rows(tmp_path / "second.jsonl", rows[2:])]
         flags = ["--model", chat_world / "hh", "--data", *files, "--eval-data", *files, "--batch-size", 2, "--device", "cpu"]
         status, out, err = run_stage(reward_model, *flags, "--output", tmp_path / "out", "--overwrite")
-        assert status == 0 and f"preferences: {len(rows)} rows read, {len(rows)} examples used\n" in out, err
+        assert status == 0 and f"{len(rows)} rows read, {len(rows)} examples used\n" in out, err
         weights[kind] = load_file(tmp_path / "out" / "model.safetensors")
     before = load_file(chat_world / "hh" / "model.safetensors")
     assert any(not torch.equal(before[key], weights["plain"][key]) for key in weights["plain"] if key in before)
@@ -264,7 +288,8 @@ def test_a_reward_model_in_the_same_chat_template_is_read_token_by_token(tmp_pat
     tokenizer = a_tokenizer()
     tiny_scalar(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    load = lambda policy_tokenizer: ppo.load_scorer(str(tmp_path / "rm"), ppo.Config(), policy_tokenizer, torch.device("cpu"))
+    policy = tiny_lm(vocab_size=len(tokenizer))
+    load = lambda policy_tokenizer: ppo.load_scorer(str(tmp_path / "rm"), ppo.Config(), policy, policy_tokenizer, torch.device("cpu"))
     assert isinstance(load(a_tokenizer()), torch.nn.Module)
     assert isinstance(load(a_tokenizer(HH)), ppo.TextScorer)  # the same tokens, but another template
 

@@ -19,7 +19,7 @@ import sft
 METRICS = {
     "iteration", "episodes", "score", "score_std", "true_reward", "kl", "kl_k3", "kl_coef", "entropy", "response_length",
     "eos_rate", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_first", "approx_kl_first",
-    "explained_variance", "optimizer_steps", "grad_norm", "critic_grad_norm", "lr", "seconds_rollout", "seconds_score",
+    "explained_variance", "optimizer_steps", "skipped_steps", "grad_norm", "critic_grad_norm", "lr", "seconds_rollout", "seconds_score",
     "seconds_update", "tokens_per_second",
 }
 
@@ -102,13 +102,13 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(world, tmp_path, r
 
 def test_a_reward_model_without_a_trained_head_is_refused(world, tmp_path, run_stage):
     flags = ppo_flags(world, tmp_path / "out", "--reward", world / "sft")
-    refused(run_stage(ppo, *flags), "ppo", "no trained reward head", "python reward_model.py")
+    refused(run_stage(ppo, *flags), "ppo", "is no trained reward model: it has no score.weight", "python reward_model.py")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reward_model_is_no_policy(world, tmp_path, run_stage):
     flags = ppo_flags(world, tmp_path / "out", "--policy", world / "reward_model")
-    refused(run_stage(ppo, *flags), "ppo", "is no causal LM", "lm_head")
+    refused(run_stage(ppo, *flags), "ppo", "is no causal LM but a LlamaForSequenceClassification")
 
 
 def test_a_causal_lm_with_other_tokens_is_no_reward_model(world, tmp_path, run_stage):
@@ -116,7 +116,7 @@ def test_a_causal_lm_with_other_tokens_is_no_reward_model(world, tmp_path, run_s
     tiny_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     flags = ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "other")
-    refused(run_stage(ppo, *flags), "ppo", "no trained reward head")
+    refused(run_stage(ppo, *flags), "ppo", "is no trained reward model")
 
 
 @pytest.mark.parametrize("flags, fragments", [
@@ -160,7 +160,7 @@ def test_a_bad_reward_function_is_refused_and_says_what_it_returned(world, tmp_p
 def test_prompts_that_are_too_long_are_dropped_and_counted_and_an_error_if_none_is_left(world, tmp_path, run_stage):
     prompts = write_rows(tmp_path / "prompts.jsonl", PROMPTS + [{"prompt": "A fox. " * 50}, {"prompt": ""}])
     status, out, _ = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--prompts", prompts, "--max-prompt-length", 40))
-    assert status == 0 and f"prompts: {len(PROMPTS) + 2} rows read, {len(PROMPTS)} examples used; " in out
+    assert status == 0 and f"{prompts}: {len(PROMPTS) + 2} rows read, {len(PROMPTS)} examples used; " in out
     assert "1 dropped (prompt above --max-prompt-length 40)" in out and "1 dropped (empty)" in out
     result = run_stage(ppo, *ppo_flags(world, tmp_path / "out2", "--prompts", prompts, "--max-prompt-length", 1))
     refused(result, "ppo", f"{len(PROMPTS) + 2} rows read and none can be used", "--max-prompt-length 1")
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_lacks_a_weight_or_a_scale_is_refused(world, tmp_path,
 def test_a_tokenizer_much_larger_than_the_model_is_refused(world, tmp_path, run_stage):
     tiny_lm(vocab_size=20).save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(world / "sft").save_pretrained(tmp_path / "small")
-    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--policy", tmp_path / "small")), "ppo", "the model embeds only 20")
+    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--policy", tmp_path / "small")), "ppo", "the model embeds only 20", "do not belong together")
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(world, tmp_path, run_stage):

@@ -114,6 +114,30 @@ def test_all_eos_ids_of_the_model_end_a_text():
         assert common.eos_token_ids(tokenizer, model) == expected
 
 
+@pytest.mark.parametrize("ids", [-1, [1, -1], "1", [[1]]])
+def test_eos_ids_that_are_none_are_refused(ids):
+    model = tiny_lm(vocab_size=300)
+    model.generation_config.eos_token_id = ids
+    with pytest.raises(common.UserError, match="eos_token_id is"):
+        common.eos_token_ids(sft.train_tokenizer(["a"], 300), model)
+
+
+def test_a_flag_or_a_file_given_twice_is_refused(tmp_path):
+    with pytest.raises(common.UserError, match="--data is given twice"):
+        common.parse_args(sft.Config, "", ["--data", "a", "--epochs", "1", "--data=b"])
+    with pytest.raises(common.UserError, match="a.jsonl is given twice"):
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "a"}\n')
+        common.read_rows([str(path), str(path)], PAIR)
+
+
+def test_what_is_no_hub_id_is_not_looked_for_on_the_hub(capsys):
+    for path in ("", "./nothing", "a/b/c", "C:\\x", "../x", "/no/where"):
+        with pytest.raises(common.UserError, match="there is no folder"):
+            common.load_tokenizer(path)
+    assert "hub" not in capsys.readouterr().out
+
+
 def test_generation_settings_stored_with_a_model_do_not_reach_sampling(world, tmp_path):
     tokenizer = common.load_tokenizer(str(world / "sft"))
     model = common.load_causal_lm(str(world / "sft"), tokenizer)

@@ -169,7 +169,7 @@ def test_scores_are_the_same_alone_in_a_batch_and_padded_on_either_side():
 
 def test_a_critic_copied_from_the_reward_model_predicts_the_score_itself_at_the_end():
     reward_model, policy = tiny_scalar(), tiny_lm()
-    critic = ppo.load_critic(ppo.Config(), reward_model, policy, None)
+    critic = ppo.load_critic(ppo.Config(), [reward_model], policy, None)
     tokens, attention_mask, _ = a_rollout(policy)
     ours, theirs = (common.token_scores(m, tokens, attention_mask) for m in (critic, reward_model))
     assert torch.equal(ours, theirs) and all(p.requires_grad for p in critic.parameters())

@@ -135,6 +135,28 @@ def test_a_run_is_neither_overwritten_nor_mixed_up_unasked(stage, world, tmp_pat
     assert contents(output) != before
 
 
+def test_an_output_that_is_a_link_is_written_through_and_what_is_in_the_way_is_kept(world, tmp_path, run_stage):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
+    (tmp_path / "out.new").mkdir()
+    (tmp_path / "out.new" / "thesis.txt").write_text("kept")
+    refused(run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out"), "ppo", "out.new is in the way of --output")
+    (tmp_path / "more.old").write_text("kept")
+    refused(run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "more"), "ppo", "more.old is in the way")
+    assert sorted(os.listdir(tmp_path)) == ["link", "more.old", "out.new", "real"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_does_not_write_what_it_reads(stage, world, tmp_path, run_stage):
+    shutil.copytree(world / "sft", tmp_path / "sft")
+    flags = [tmp_path / "sft" if flag == world / "sft" else flag for flag in flags_of(stage, world)]
+    output = tmp_path / "new" if stage == "none" else tmp_path / "sft"
+    refused(run_stage(STAGES[stage], *flags, "--output", output, "--overwrite"), stage, "is a folder that the run reads")
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
 def test_a_finished_ppo_run_can_be_made_longer(world, tmp_path, run_stage):
     flags = flags_of("ppo", world, "--output", tmp_path / "out")
     assert run_stage(ppo, *flags)[0] == 0
@@ -342,3 +364,41 @@ def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
     assert steps == list(range(1, 121))
     AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
     assert json.loads((tmp_path / "parts" / "args.json").read_text())["epochs"] == 40
+
+
+def test_the_rehearsal_runs_the_longest_batch_and_leaves_everything_as_it_was(world):
+    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=6, minibatch_size=3, microbatch_size=3, response_length=9)
+    tokenizer, cpu = common.load_tokenizer(cfg.policy), torch.device("cpu")
+    rows = ppo.load_prompts([str(world / "prompts.jsonl")], tokenizer, cfg, "prompts")
+    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, rows, {}, cpu)
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1.0)
+    before = [p.clone() for m in (policy, critic) for p in m.parameters()]
+    random_state, shapes = torch.get_rng_state(), []
+    policy.register_forward_pre_hook(lambda module, arguments, options: shapes.append(options["input_ids"].shape), with_kwargs=True)
+    ppo.rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, cpu)
+    longest = max(len(row.prompt_ids) for row in rows)
+    assert (6, longest) in shapes and shapes.count((3, longest + 9)) == 3  # sampled at 6; scored twice and trained once at 3
+    assert all(torch.equal(p, q) for p, q in zip(before, [p for m in (policy, critic) for p in m.parameters()]))
+    assert torch.equal(random_state, torch.get_rng_state()) and not optimizer.state
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_weights_that_are_not_finite_are_named_and_logits_that_are_not_name_the_iteration(world, tmp_path, run_stage, monkeypatch):
+    shutil.copytree(world / "sft", tmp_path / "sft")
+    weights = safetensors.torch.load_file(tmp_path / "sft" / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, tmp_path / "sft" / "model.safetensors", {"format": "pt"})
+    refused(run_stage(ppo, *flags_of("ppo", world, "--policy", tmp_path / "sft"), "--output", tmp_path / "out"), "ppo", "not finite, in model.norm.weight")
+
+    generate, calls = common.generate_responses, []
+
+    def poisoned(model, *arguments, **options):
+        calls.append(None)
+        if len(calls) == 4:  # the evaluation of the start, then the third rollout
+            model.get_output_embeddings().weight.data.fill_(float("nan"))
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr(common, "generate_responses", poisoned)
+    flags = [*flags_of("ppo", world, "--batch-size", 24, "--minibatch-size", 24), "--output", tmp_path / "out"]
+    status, _, err = run_stage(ppo, *flags)
+    assert status == 2 and err.strip().splitlines()[-1].startswith("ppo.py: error: sampling failed in iteration 3: the policy's logits are not finite")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import DEMONSTRATIONS, read_rows, tiny_lm, tiny_scalar
-from test_chat_and_formats import a_tokenizer
+from test_chat_and_formats import CHATML, a_tokenizer
 from test_cli import command, ppo_flags, refused
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -56,7 +56,8 @@ def save_encoder(path, kind="bert"):
 
 def scorer(path, world, **changes):
     policy_tokenizer = common.load_tokenizer(str(world / "sft"))
-    return ppo.load_scorer(str(path), ppo.Config(**changes), policy_tokenizer, CPU)
+    policy = common.load_causal_lm(str(world / "sft"), policy_tokenizer)
+    return ppo.load_scorer(str(path), ppo.Config(**changes), policy, policy_tokenizer, CPU)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -99,7 +100,7 @@ def test_a_reward_model_from_elsewhere_gets_a_scale_and_the_critic_starts_from_t
     model, tokenizer = save_encoder(tmp_path / "rm")
     status, out, err = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "rm", "--explain", "--response-length", 12))
     assert status == 0, err
-    assert f"{tmp_path / 'rm'} has other tokens: responses are decoded and encoded for it" in out
+    assert f"{tmp_path / 'rm'} reads texts: responses are decoded and encoded for it" in out
     assert "the critic starts from the policy, with a head of zeros" in out and "scores are taken by mean" in out
     mean, deviation = (float(word) for word in out[out.index("taken by mean") :].split()[3:7:3])
     for row in read_rows(tmp_path / "out" / "samples.jsonl"):
@@ -110,31 +111,75 @@ def test_a_reward_model_from_elsewhere_gets_a_scale_and_the_critic_starts_from_t
     assert critic["vocab_size"] == policy["vocab_size"] != model.config.vocab_size
 
 
-def test_a_reward_model_with_the_policys_tokens_but_no_scale_gets_one_that_the_critic_shares(world, tmp_path, run_stage):
+def test_a_reward_model_with_the_policys_tokens_from_elsewhere_is_read_by_its_own_forward(world, tmp_path, run_stage):
     model = AutoModelForSequenceClassification.from_pretrained(world / "reward_model")
     del model.config.reward_mean, model.config.reward_std
     model.save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(world / "reward_model").save_pretrained(tmp_path / "rm")
     status, out, _ = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "rm"))
-    assert status == 0 and "scores are taken by mean" in out and "starts from the policy" not in out
-    config = json.loads((tmp_path / "out" / "critic" / "config.json").read_text())
-    printed = [float(word) for word in out[out.index("taken by mean") :].split()[3:7:3]]
-    assert [config["reward_mean"], config["reward_std"]] == pytest.approx(printed, abs=1e-3)
+    assert status == 0 and "scores are taken by mean" in out and "starts from the policy" in out and "of 48 responses" in out
 
 
-def test_several_rewards_are_summed_and_the_critic_starts_from_the_first(world, tmp_path, run_stage):
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_reward_model_that_this_project_made_for_other_tokens_is_read_where_it_was_trained(template, world, tmp_path):
+    """ChatML puts a line feed behind the EOS; a forward of the whole text would read that."""
+    model, tokenizer = save_decoder(tmp_path / "rm", CHATML if template else None)
+    tokenizer.eos_token = "<|im_end|>" if template else "<|end|>"
+    tokenizer.save_pretrained(tmp_path / "rm")
+    model.config.reward_mean, model.config.reward_std, model.config.eos_token_id = 0.25, 2.0, tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "rm")
+    prompt, response = TEXTS[0]
+    if template:
+        prompt = [{"role": "user", "content": prompt}]
+    ids = sum(common.encode(tokenizer, prompt, response.strip() if template else response), [])
+    assert ids[-1] == tokenizer.eos_token_id
+    by_hand = (model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() - 0.25) / 2
+    assert scorer(tmp_path / "rm", world)([prompt], [response], None)[0] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_a_reward_function_cannot_change_what_the_run_sees(world, tmp_path, run_stage):
+    (tmp_path / "greedy.py").write_text(
+        "def greedy(prompts, responses, rows):\n    out = [float(len(r)) for r in responses]\n    responses.clear()\n    prompts.clear()\n"
+        "    for row in rows:\n        row.clear()\n    rows.clear()\n    return out\n"
+    )
+    reward = f"{tmp_path / 'greedy.py'}:greedy"
+    status, _, err = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", reward, reward, "--iterations", 2))
+    assert status == 0, err
+    for row in read_rows(tmp_path / "out" / "samples.jsonl"):
+        assert row["score"] == 2 * len(row["response"]) and row["prompt"]
+
+
+def test_a_score_that_is_not_finite_is_refused(world, tmp_path, run_stage, monkeypatch):
+    monkeypatch.setattr(common, "token_scores", lambda model, tokens, mask: torch.full(tokens.shape, float("nan")))
+    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out")), "ppo", "a score is not finite")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_with_fewer_positions_or_tokens_than_the_policy_is_no_traceback(world, tmp_path, run_stage):
+    sizes = json.loads((world / "reward_model" / "config.json").read_text())
+    for name, changes in (("short", {"max_position_embeddings": 8}), ("narrow", {"vocab_size": sizes["vocab_size"]})):
+        tiny_scalar(**({"vocab_size": sizes["vocab_size"]} | changes)).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(world / "sft").save_pretrained(tmp_path / name)
+    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "short")), "ppo", "do not fit the model's 8 positions (LlamaForSequenceClassification)")
+    tiny_lm(vocab_size=sizes["vocab_size"] + 64, max_position_embeddings=128).save_pretrained(tmp_path / "policy")
+    AutoTokenizer.from_pretrained(world / "sft").save_pretrained(tmp_path / "policy")
+    status, out, err = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--policy", tmp_path / "policy", "--reward", tmp_path / "narrow"))
+    assert status == 0 and "narrow reads texts" in out, err  # the policy may sample ids that it does not embed
+
+
+def test_several_rewards_are_summed_and_the_critic_starts_from_the_first_model(world, tmp_path, run_stage):
     (tmp_path / "rule.py").write_text("def short(prompts, responses, rows):\n    return [-len(r) / 100 for r in responses]\n")
     scores = []
-    for i, reward in enumerate(([world / "reward_model"], [f"{tmp_path / 'rule.py'}:short"], [world / "reward_model", f"{tmp_path / 'rule.py'}:short"])):
+    for i, reward in enumerate(([world / "reward_model"], [f"{tmp_path / 'rule.py'}:short"], [f"{tmp_path / 'rule.py'}:short", world / "reward_model"])):
         status, out, err = run_stage(ppo, *ppo_flags(world, tmp_path / f"out{i}", "--reward", *reward))
-        assert status == 0 and ("starts from the policy" in out) == (i == 1), err
+        assert status == 0 and ("starts from the policy" in out) == (i == 1), err  # only the rule has no model
         scores.append([row["score"] for row in read_rows(tmp_path / f"out{i}" / "samples.jsonl") if row["iteration"] == 0])
     alone, rule, both = map(torch.tensor, scores)
     assert torch.allclose(alone + rule, both, atol=1e-5) and rule.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("change, fragments", [
-    ({"num_labels": 2}, ["has 2 labels; a reward model has one"]), ({"cut": True}, ["has no trained reward head", "classifier"]),
+    ({"num_labels": 2}, ["has 2 labels; a reward model has one"]), ({"cut": True}, ["is no trained reward model", "classifier"]),
     ({"positions": True}, ["tokens do not fit the model's 64 positions"]),
 ])
 def test_a_classifier_that_is_no_reward_model_is_refused(world, tmp_path, run_stage, change, fragments):

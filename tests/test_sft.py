@@ -89,7 +89,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(world, tmp_pat
     data = write_rows(tmp_path / "data.jsonl", rows)
     arguments = ["--model", world / "sft", "--data", data, "--eval-data", world / "sft.jsonl", "--epochs", 1, "--output", tmp_path / "out"]
     status, out, _ = run_stage(sft, *arguments, "--max-prompt-length", 40, "--response-length", 40)
-    assert status == 0 and f"demonstrations: {len(rows)} rows read, {len(DEMONSTRATIONS)} examples used; 1 dropped (response above --response-length 40); 1 dropped (prompt above" in out and f"{len(DEMONSTRATIONS)} demonstrations" in out
+    assert status == 0 and f"{data}: {len(rows)} rows read, {len(DEMONSTRATIONS)} examples used; 1 dropped (response above --response-length 40); 1 dropped (prompt above" in out and f"{len(DEMONSTRATIONS)} demonstrations" in out
 
 
 def test_plain_text_rows_are_completions_of_nothing():
