@@ -172,12 +172,14 @@ def draw_panel(axes, panel, runs):
         look |= {"color": "0.3", "linestyle": style, "markerfacecolor": inside, "label": name}
         legend.append(Line2D([], [], **look))
     title = panel.title if len(legend) == len(panel.metrics) else legend[0].get_label()
+    title += " by KL" if panel.x == "kl" and title != panel.title else ""
     axes.set_title(title, loc="left", pad=25, fontsize=11, fontweight="bold")
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.03), "borderpad": 0, "borderaxespad": 0}
     axes.legend(handles=legend, ncols=2, frameon=False, **place)
     axes.set(xlabel=panel.x, ylabel=panel.label)
     axes.grid(alpha=0.3)
     axes.ticklabel_format(useOffset=False, scilimits=(-7, 7))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.x == "kl":  # runs differ tenfold in KL; one batch's estimate may be below 0
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter("{x:g}")
