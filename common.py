@@ -762,8 +762,9 @@ def print_tokens(tokenizer, model, prompt, response=()):
 
 # === Runs and checkpoints =========================================================================
 # An output folder holds the logs of a run and its last checkpoint. A checkpoint is written into
-# OUTPUT.new, with the logs so far, and takes the place of OUTPUT, which is OUTPUT.old for a moment:
-# a run killed at any time leaves one whole. trainer_state/ is what --resume needs besides weights.
+# OUTPUT.new-checkpoint, with the logs so far, and takes the place of OUTPUT, which for a moment is
+# OUTPUT.old-checkpoint: a run killed at any time leaves one whole. trainer_state/ is what --resume
+# needs besides the weights.
 LOGS = ("args.json", "metrics.jsonl", "samples.jsonl")
 _locks = []
 
@@ -788,9 +789,8 @@ def open_run(cfg, may_change=()):
     read = [getattr(cfg, name, None) for name in ("model", "policy")] + getattr(cfg, "reward", [])
     if any(path and os.path.realpath(path) == str(output) for path in read):
         raise UserError(f"--output {cfg.output} is a folder that the run reads; name another")
-    for beside in (_beside(output, "new"), _beside(output, "old")):
-        held = os.listdir(beside) if beside.is_dir() else []
-        if beside.is_file() or held and "metrics.jsonl" not in held:
+    for beside in map(functools.partial(_beside, output), ("new", "old", "gone")):
+        if beside.is_file():
             raise UserError(f"{beside} is in the way of --output {cfg.output}; move it")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
@@ -820,8 +820,8 @@ def output_folder(cfg):
     return pathlib.Path(os.path.realpath(cfg.output))
 
 
-def _beside(output, ending):
-    return output.with_name(f"{output.name}.{ending}")
+def _beside(output, kind):
+    return output.with_name(f"{output.name}.{kind}-checkpoint")
 
 
 def _lock(output):
@@ -830,7 +830,7 @@ def _lock(output):
         import fcntl
     except ImportError:  # Windows
         return
-    file = open(_beside(output, "lock"), "w")
+    file = open(output.with_name(f"{output.name}.lock"), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

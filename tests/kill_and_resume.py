@@ -60,7 +60,7 @@ def main(num_kills=20, seed=0):
                 time.sleep(moment)
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
-                saving = output.with_name(output.name + ".new").exists()
+                saving = output.with_name(output.name + ".new-checkpoint").exists()
                 state, done = output / "trainer_state", (output / "config.json").exists()
                 places.append("in a save" if saving else "after a save" if state.exists() else "finished" if done else "before")
                 if places[-1] != "finished":

@@ -140,12 +140,9 @@ def test_an_output_that_is_a_link_is_written_through_and_what_is_in_the_way_is_k
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "link")[0] == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
-    (tmp_path / "out.new").mkdir()
-    (tmp_path / "out.new" / "thesis.txt").write_text("kept")
-    refused(run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out"), "ppo", "out.new is in the way of --output")
-    (tmp_path / "more.old").write_text("kept")
-    refused(run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "more"), "ppo", "more.old is in the way")
-    assert sorted(os.listdir(tmp_path)) == ["link", "more.old", "out.new", "real"]
+    (tmp_path / "out.new-checkpoint").write_text("kept")
+    refused(run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out"), "ppo", "out.new-checkpoint is in the way of --output")
+    assert sorted(os.listdir(tmp_path)) == ["link", "out.new-checkpoint", "real"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -210,7 +207,7 @@ def test_a_kill_within_a_save_leaves_the_last_checkpoint_to_resume_from(moment, 
         return save(state, path, **options)
 
     def rename_or_die(self, target):
-        if len(saves) == 2 and moment == "between the renames" and self.name.endswith(".new"):
+        if len(saves) == 2 and moment == "between the renames" and self.name.endswith(".new-checkpoint"):
             monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
             die()
         return rename(self, target)
@@ -229,7 +226,7 @@ def test_a_kill_within_a_save_leaves_the_last_checkpoint_to_resume_from(moment, 
         monkeypatch.setattr(ppo, "save_checkpoint", save_checkpoint)
     with pytest.raises(Killed):
         run_stage(ppo, *flags_of("ppo", world), "--output", output)
-    assert (tmp_path / "parts.new").exists() and output.exists() == (moment != "between the renames")
+    assert (tmp_path / "parts.new-checkpoint").exists() and output.exists() == (moment != "between the renames")
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["ppo.py"])
     del rmtree
@@ -252,7 +249,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(sta
     monkeypatch.setattr(torch, "save", full)
     result = run_stage(module, *flags_of(stage, world), "--output", output)
     assert result[0] == 2 and "No space left on device" in result[2] and f"python {stage}.py --resume --output {output}" in result[2]
-    assert "Traceback" not in result[2] and not (tmp_path / "out.new").exists()
+    assert "Traceback" not in result[2] and not (tmp_path / "out.new-checkpoint").exists()
     monkeypatch.setattr(torch, "save", save)
     assert run_stage(module, "--resume", "--output", output)[0] == 0
 
