@@ -916,9 +916,11 @@ def saved_run(cfg, optimizer=None, schedule=None, **more):
                 (folder / "trainer_state").mkdir()
                 torch.save(state | more, folder / "trainer_state" / "state.pt")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        free = shutil.disk_usage(output.parent).free / 1e6
         raise UserError(
-            f"can't write the checkpoint {output}: {str(error).splitlines()[0]}; the one before "
-            f"it, if there was one, is whole: make room and go on with: {resume_command(cfg)}"
+            f"can't write the checkpoint {output} ({free:.0f} MB are free there): "
+            f"{str(error).splitlines()[0]}; the one before it, if there was one, is whole: make "
+            f"room and go on with: {resume_command(cfg)}"
         ) from error
 
 
