@@ -519,7 +519,7 @@ def eos_token_ids(tokenizer, model):
     stored = [id for id in (stored if isinstance(stored, list) else [stored]) if id is not None]
     if not all(isinstance(id, int) and id >= 0 for id in stored):
         raise UserError(f"the model's eos_token_id is {stored}; it must be one or more token ids")
-    return sorted({tokenizer.eos_token_id, *stored})
+    return sorted({*stored, tokenizer.eos_token_id} - {None})
 
 
 # === Models =======================================================================================

@@ -15,9 +15,9 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 
           In (2) and (3) V is the critic from before the update, V_old in (6).
 
-(2b) With --advantage bandit a response is one step with one advantage: A = sum_t r_t - V(x) for
-(6b) each of its tokens; ratio and clip stay per token. The critic learns L_value = mean (V(x) -
-     sum_t r_t)^2. gamma, lam and eps_v play no part.
+          With --advantage bandit a response is one step, and gamma, lam and eps_v play no part:
+(2b)      A       = sum_t r_t - V(x), for each of its tokens; ratio and clip stay per token
+(6b)      L_value = mean (V(x) - sum_t r_t)^2, without the 1/2 of (6)
 
 Shapes    B prompts, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary.
 Time      Column t of every (B, R) tensor is about response token y_t:
@@ -64,6 +64,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ class Config:
 LR_BY_SIZE = ((10e6, 3e-4), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
 
 
-# What --resume may be given anew: of these, only --iterations changes what is learned, by its lr.
+# What --resume may be given anew. --iterations changes the learning rates still to come; another
+# device or, in bf16, another micro-batch changes the rounding, and a device the random numbers.
 MAY_CHANGE = (
     "iterations", "eval_every", "save_every", "explain", "tensorboard", "microbatch_size", "device",
     "gradient_checkpointing", "trust_remote_code",
@@ -154,7 +156,7 @@ MEMORY_FLAGS = {
     "sample_responses": ("sampling", "--batch-size"),
     "score_responses": ("scoring", "--microbatch-size"),
     "evaluate_tokens": ("the log-probabilities", "--microbatch-size"),
-    "rehearse": ("a trial of the largest batch", "--microbatch-size"),
+    "rehearse": ("a trial of the update", "--microbatch-size"),
 }
 
 
@@ -227,7 +229,7 @@ def mask_through_first_eos(response, eos_ids):
     return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before t
 
 
-def sample_responses(policy, rows, cfg, device):
+def sample_responses(policy, rows, cfg, device, to_the_full=False):
     """One response per row, plainly sampled: no top-k, no top-p, nothing stored with the model.
 
     Returns:
@@ -240,7 +242,7 @@ def sample_responses(policy, rows, cfg, device):
     prompts, prompt_mask = (x.to(device) for x in prompts)  # (B, P)
     with common.arithmetic(device, cfg.dtype):
         response = common.generate_responses(
-            policy, prompts, prompt_mask, cfg.response_length, cfg.temperature
+            policy, prompts, prompt_mask, cfg.response_length, cfg.temperature, to_the_full
         )  # (B, R), pad after an EOS; R is the longest response, at most --response-length
     response_mask = mask_through_first_eos(response, settings.eos_token_id)
     ended = torch.isin(response, torch.tensor(settings.eos_token_id, device=device)).any(1)
@@ -261,7 +263,7 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         raise UserError(f"{spec} names no function: no file {path!r}; give file.py:function")
-    name_here = f"user_{pathlib.Path(path).stem}"  # a file may be called math.py
+    name_here = f"user_{len(sys.modules)}_{pathlib.Path(path).stem}"  # it may be called math.py
     module_spec = importlib.util.spec_from_file_location(name_here, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look it up there
@@ -284,9 +286,9 @@ def call_reward(function, rows, responses):
         its_rows = copy.deepcopy(rows)  # what it does to them stays its own
         scores = function([row["prompt"] for row in its_rows], list(responses), its_rows)
         scores = scores if isinstance(scores, (str, dict, set)) else list(scores)
-    except UserError:
-        raise
     except (Exception, SystemExit) as error:
+        if common.is_out_of_memory(error):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({place.filename} line {place.lineno})"
         reason += "; it is called as function(prompts, responses, rows)"
@@ -309,7 +311,7 @@ def call_reward(function, rows, responses):
 
 
 class TextScorer:
-    """A reward model that reads other tokens than the policy writes, as a function of texts.
+    """A reward model that reads other tokens than the policy writes: it is asked about texts.
 
     Each text is encoded as this model expects it. One that reward_model.py made reads what it was
     trained on, the ids of `common.encode`. Another reads the text whole by its chat template if it
@@ -319,17 +321,17 @@ class TextScorer:
     """
 
     def __init__(self, classifier, tokenizer, cfg, device):
-        self.classifier = classifier.requires_grad_(False).to(device)
-        self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
-        self.config, self.__name__ = classifier.config, tokenizer.name_or_path
-        self.is_ours = hasattr(self.config, "reward_mean")
+        self.classifier, self.tokenizer = classifier, tokenizer
+        self.cfg, self.device = cfg, device
+        self.is_ours = hasattr(classifier.config, "reward_mean")  # reward_model.py made it
+        self.eos_ids = common.eos_token_ids(tokenizer, classifier)
 
     def encode(self, prompt, response):
         """The model's inputs for one prompt and response: lists under "input_ids" and so on."""
         if self.is_ours:
-            eos_ids = common.eos_token_ids(self.tokenizer, self.classifier)
             response = response if isinstance(prompt, str) else response.strip()
-            return {"input_ids": sum(common.encode(self.tokenizer, prompt, response, eos_ids), [])}
+            ids = common.encode(self.tokenizer, prompt, response, self.eos_ids)
+            return {"input_ids": sum(ids, [])}
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             chat = [*chat, {"role": "assistant", "content": response.strip()}]
@@ -341,22 +343,39 @@ class TextScorer:
         return {"input_ids": prompt_ids + response_ids}
 
     @torch.no_grad()
-    def __call__(self, prompts, responses, rows):
-        """A float per response, normalised."""
-        inputs = [self.encode(*texts) for texts in zip(prompts, responses)]
+    def __call__(self, prompts, responses):
+        """Scores (B,) float32, normalised."""
+        try:
+            inputs = [self.encode(*texts) for texts in zip(prompts, responses)]
+        except ValueError as error:
+            where = self.tokenizer.name_or_path
+            raise UserError(f"{where} can't read the prompts: a row {error}") from error
         longest = max(len(each["input_ids"]) for each in inputs)
         common.check_context(self.classifier, longest, "--max-prompt-length or --response-length")
-        scores, (mean, deviation) = [], common.score_scale(self.config)
+        scores, (mean, deviation) = [], common.score_scale(self.classifier.config)
         for start in range(0, len(inputs), self.cfg.microbatch_size):
             some = inputs[start : start + self.cfg.microbatch_size]
             padded = self.tokenizer.pad(some, padding_side="right", return_tensors="pt")
             try:
                 with common.arithmetic(self.device, self.cfg.dtype):
                     logits = self.classifier(**padded.to(self.device)).logits  # (b, 1)
-            except IndexError:  # RoBERTa's has fewer positions than its config says
-                raise UserError(f"{self.__name__} can't read {longest} tokens") from None
-            scores += logits[:, 0].float().tolist()
-        return [(score - mean) / deviation for score in scores]
+            except IndexError:  # RoBERTa has fewer positions than its config says
+                where = self.tokenizer.name_or_path
+                raise UserError(f"{where} can't read {longest} tokens") from None
+            scores.append(logits[:, 0].float())
+        return (torch.cat(scores) - mean) / deviation
+
+
+def score_tokens(reward_model, tokens, attention_mask, cfg):
+    """Normalised scores (B,) float32, read at each row's last attended token."""
+    scores = []
+    size = cfg.microbatch_size
+    for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
+        last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
+        with common.arithmetic(tokens.device, cfg.dtype):
+            token_scores = common.token_scores(reward_model, micro_tokens, micro_mask)  # (b, P+R)
+        scores.append(token_scores.gather(1, last_index).squeeze(1))
+    return torch.cat(scores)
 
 
 @torch.no_grad()
@@ -365,21 +384,16 @@ def score_responses(scorers, tokens, attention_mask, rows, responses, cfg):
 
     A function's value counts as it is, a reward model's is normalised. A reward model reads prompt
     and response as the policy wrote them, token by token, and is asked at the last attended
-    token, the EOS if there is one. One with other tokens is asked as a function (TextScorer).
+    token, the EOS if there is one. One with other tokens is asked about the texts.
     """
     scores = torch.zeros(len(tokens), device=tokens.device)
     for scorer in scorers:
-        if not isinstance(scorer, torch.nn.Module):
+        if isinstance(scorer, TextScorer):
+            scores += scorer([row["prompt"] for row in rows], responses)
+        elif isinstance(scorer, torch.nn.Module):
+            scores += score_tokens(scorer, tokens, attention_mask, cfg)
+        else:
             scores += call_reward(scorer, rows, responses).to(tokens.device)
-            continue
-        parts = []
-        size = cfg.microbatch_size
-        for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
-            last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
-            with common.arithmetic(tokens.device, cfg.dtype):
-                token_scores = common.token_scores(scorer, micro_tokens, micro_mask)  # (b, P+R)
-            parts.append(token_scores.gather(1, last_index).squeeze(1))
-        scores += torch.cat(parts)
     if not scores.isfinite().all():
         raise UserError("a score is not finite; look at --reward, its model and --dtype")
     return scores
@@ -396,8 +410,8 @@ def forward_responses(
         values are 0, and so is the entropy unless asked for: it takes a (B, R, V) softmax.
 
     A causal model's output at position i is its distribution over token i + 1. So what belongs to
-    the R response tokens is read one position earlier, from the last prompt token on. This is the
-    only shift in the file; after it every column t is about y_t.
+    the R response tokens is read one position earlier, from the last prompt token on. Models are
+    read with a shift here and nowhere else; after it every column t is about y_t.
 
         position   ...  P-2   P-1    P    P+1  ...  P+R-2   P+R-1
         holds      ...  x     x      y_0  y_1  ...  y_{R-2} y_{R-1}
@@ -574,8 +588,9 @@ def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
 def value_loss(new_values, values, returns, value_clip_eps):
     """Loss of each value, eq. 6: the worse of the plain and the clipped error. None: eq. 6b.
 
-    While V is more than eps_v from V_old on the target's side, its gradient is 0; moving away from
-    the target is never clipped. It mirrors eq. 5: no update trusts one rollout too far.
+    Where V has moved more than eps_v towards the target and not past it, the clipped error is the
+    larger and the gradient 0; moving away from the target is never clipped. It mirrors eq. 5: no
+    update trusts one rollout too far.
     """
     if value_clip_eps is None:
         return (new_values - returns) ** 2  # eq. 6b
@@ -645,7 +660,7 @@ def evaluate(policy, ref_policy, scorers, judge, rows, tokenizer, cfg, device):
 def summarize(samples, baseline):
     """Means, and the share of prompts won against the SFT policy's samples, ties counting half.
 
-    A win is a higher true reward if there is a judge, else a higher score, which PPO trained on.
+    A win is a higher true reward if there is a judge, else a higher score.
     """
     judged = samples[0]["true_reward"] is not None
     key = "true_reward" if judged else "score"
@@ -690,7 +705,7 @@ def metrics_row(
         "ratio_first": steps[0][RATIO].item(),  # 1 up to rounding
         "approx_kl_first": steps[0][APPROX_KL].item(),  # 0 up to rounding; a mean ratio hides noise
         "explained_variance": 1 - unexplained,  # below 0 at first, then up
-        "optimizer_steps": len(steps),  # fewer when --target-kl stopped it, the last not taken
+        "optimizer_steps": len(steps),  # skipped ones too; with --target-kl, the last not taken
         "skipped_steps": sum(not math.isfinite(sum(norms)) for norms in grad_norms),  # 0
         "grad_norm": policy_norm,  # before clipping; steady
         "critic_grad_norm": critic_norm,  # before clipping; steady
@@ -705,7 +720,7 @@ def metrics_row(
 def health_warnings(history):
     """What looks wrong in the last of the metrics rows: {symptom: message}."""
     row = history[-1]
-    unexplained = sum((old["explained_variance"] or 0) < 0 for old in history[-10:]) == 10
+    unexplained = sum((old["explained_variance"] or 0) < -0.05 for old in history[-10:]) == 10
     norms = row["grad_norm"] + row["critic_grad_norm"]
     rules = (  # name, is it seen, symptom, usual causes
         ("ratio", row["approx_kl_first"] > 1e-3 or abs(row["ratio_first"] - 1) > 1e-2,
@@ -732,7 +747,7 @@ def health_warnings(history):
 def recent(history):
     """The last iterations in words, for when the run has to stop."""
     keys = ("iteration", "score", "kl", "policy_loss", "grad_norm")
-    rows = [", ".join(f"{key} {row[key]:.4g}" for key in keys) for row in history[-3:]]
+    rows = [", ".join(f"{key} {row[key]}" for key in keys) for row in history[-3:]]
     return "after " + ("; ".join(rows) or "no iteration")
 
 
@@ -753,7 +768,7 @@ def explain_response(tokenizer, batch, ref_logprobs, rewards, advantages, row=0)
     """One response as a table: the score lands on the last token, the advantages carry it back."""
     lines = [
         f"\n{'t':>3} {'token':<14}{'log pi':>9}{'log pi_0':>9}{'KL':>9}{'V':>9}{'reward':>9}"
-        f"{'advantage':>10}{'return':>9}"
+        f"{'advant.':>9}{'return':>9}"
     ]
     response = batch.tokens[row, -batch.response_mask.shape[1] :]
     kl = batch.logprobs - ref_logprobs
@@ -814,7 +829,7 @@ wrote {output}, an ordinary Hugging Face folder; to load and try it:
     print(generate({json.dumps(prompt)}, max_new_tokens=64))''')
 
 
-KEPT = ("iterations_done", "kl_coef", "baseline")  # in trainer_state, besides the optimizer's
+KEPT = ("iterations_done", "kl_coef", "baseline")  # in trainer_state, to go on with
 
 
 def read_history(output):
@@ -863,49 +878,47 @@ def load_checkpoint(cfg, policy, critic, tokenizer):
 def load_scorer(spec, cfg, policy, tokenizer, device):
     """A function, a frozen reward model that reads the policy's tokens, or else a TextScorer.
 
-    Read token by token are those that reward_model.py made, on this tokenizer and chat template:
-    of others nobody knows at which token they were trained to answer, but their own forward.
+    Only one that reward_model.py made on this tokenizer and chat template is read token by token.
+    At which token another was trained to answer, only its own forward knows.
     """
-    if ".py" in spec and not os.path.isdir(spec):
+    if re.search(r"\.py(:|$)", spec) and not os.path.isdir(spec):
         return load_function(spec)
     made_by, trust = "python reward_model.py", cfg.trust_remote_code
     theirs = common.load_tokenizer(spec, made_by, trust, needs_eos=False)
-    classifier, own = common.load_text_scorer(spec, made_by, trust)
+    classifier, own = common.load_text_scorer(spec, made_by, trust)  # its own pad token
+    classifier.requires_grad_(False).to(device)
     is_ours = hasattr(classifier.config, "reward_mean") and common.has_token_head(classifier)
     same_tokens = theirs.get_vocab() == tokenizer.get_vocab()
-    embedded = classifier.get_input_embeddings().num_embeddings
-    if (
-        is_ours and same_tokens and theirs.chat_template == tokenizer.chat_template
-        and embedded >= policy.get_output_embeddings().out_features
-    ):
-        return classifier.requires_grad_(False).to(device)
+    same_chats = theirs.chat_template == tokenizer.chat_template
+    num_embedded = classifier.get_input_embeddings().num_embeddings
+    knows_all = num_embedded >= policy.get_output_embeddings().out_features  # that may be sampled
+    if is_ours and same_tokens and same_chats and knows_all:
+        return classifier
     return TextScorer(classifier, own, cfg, device)
 
 
 def set_score_scales(known, scorers, policy, ref_policy, rows, tokenizer, cfg, device):
     """Give reward models from elsewhere the scale that reward_model.py would have given them.
 
-    Mean and deviation of their scores on the SFT policy's responses become 0 and 1. A resumed run
-    has them in `known`: {reward: (mean, deviation)}.
-    What is measured here is added to them.
+    Mean and deviation of their scores on the SFT policy's responses become 0 and 1. Returns them,
+    as {reward: (mean, deviation)}, which a resumed run has in `known`.
     """
+    scales = dict(known)
     for scorer, spec in zip(scorers, cfg.reward):
-        config = getattr(scorer, "config", None)  # a function has none, and is taken as it is
-        if config is None or hasattr(config, "reward_mean"):
+        if not isinstance(scorer, TextScorer) or scorer.is_ours:
             continue
-        if spec in known:
-            config.reward_mean, config.reward_std = known[spec]
-            continue
-        samples = evaluate(policy, ref_policy, [scorer], None, rows, tokenizer, cfg, device)
-        scores = torch.tensor([sample["score"] for sample in samples])
-        mean, deviation = scores.mean().item(), scores.std(correction=0).item()
-        if not 0 < deviation < math.inf:
-            raise UserError(f"{spec} gives all responses of {cfg.policy} the score {mean:g}")
-        config.reward_mean, config.reward_std = known[spec] = mean, deviation
-        print(
-            f"  {spec}: scores are taken by mean {mean:.3f} and deviation {deviation:.3f} of those "
-            f"of {len(samples)} responses by {cfg.policy}"
-        )
+        if spec not in scales:
+            samples = evaluate(policy, ref_policy, [scorer], None, rows, tokenizer, cfg, device)
+            scores = torch.tensor([sample["score"] for sample in samples])
+            mean, deviation = scales[spec] = scores.mean().item(), scores.std(correction=0).item()
+            if not 0 < deviation < math.inf:
+                raise UserError(f"{spec} gives all responses of {cfg.policy} the score {mean:g}")
+            print(
+                f"  {spec}: scores are taken by mean {mean:.3f} and deviation {deviation:.3f} of "
+                f"those of {len(samples)} responses by {cfg.policy}"
+            )
+        scorer.classifier.config.reward_mean, scorer.classifier.config.reward_std = scales[spec]
+    return scales
 
 
 def load_critic(cfg, scorers, policy, tokenizer):
@@ -916,22 +929,21 @@ def load_critic(cfg, scorers, policy, tokenizer):
     weighted by c1, trains the policy's trunk too, and the two may pull apart. New heads start at 0.
     """
     if cfg.critic == "shared":
-        head = critic = torch.nn.Linear(policy.get_output_embeddings().in_features, 1)
-        torch.nn.init.zeros_(head.bias)
-    elif reward_models := [s for s in scorers if isinstance(s, torch.nn.Module)]:
-        return copy.deepcopy(reward_models[0]).requires_grad_(True)
-    else:
-        trust = cfg.trust_remote_code
-        critic, _ = common.load_scalar_model(cfg.policy, tokenizer, trust_remote_code=trust)
-        head = critic.score
-    torch.nn.init.zeros_(head.weight)
+        critic = torch.nn.Linear(policy.get_output_embeddings().in_features, 1)
+        torch.nn.init.zeros_(critic.weight)
+        torch.nn.init.zeros_(critic.bias)
+        return critic
+    for scorer in scorers:
+        if isinstance(scorer, torch.nn.Module):
+            return copy.deepcopy(scorer).requires_grad_(True)
+    trust = cfg.trust_remote_code
+    critic, _ = common.load_scalar_model(cfg.policy, tokenizer, trust_remote_code=trust)
+    torch.nn.init.zeros_(critic.score.weight)
     return critic
 
 
-def load_models(cfg, tokenizer, rows, score_scales, device):
+def load_models(cfg, tokenizer, rows, device):
     """policy, ref_policy, critic and the list of scorers, on the device.
-
-    What is measured of the scorers' scales is added to `score_scales`.
 
     Weights are float32, since an Adam step of 3e-6 is lost in bf16 weights, and dropout is off in
     every model, since two passes with two dropout masks are two policies: the ratio would not be 1.
@@ -944,8 +956,6 @@ def load_models(cfg, tokenizer, rows, score_scales, device):
     longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
     for model in (policy, *(s for s in scorers if isinstance(s, torch.nn.Module))):
         common.check_context(model, longest, "--max-prompt-length or --response-length")
-    some = rows[:256]
-    set_score_scales(score_scales, scorers, policy, ref_policy, some, tokenizer, cfg, device)
     critic = load_critic(cfg, scorers, policy, tokenizer).to(device)
     if cfg.gradient_checkpointing:
         for model in (policy, critic) if cfg.critic == "separate" else (policy,):
@@ -956,31 +966,29 @@ def load_models(cfg, tokenizer, rows, score_scales, device):
 def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
     """The worst case once before the first iteration, so that memory fails in the first minute.
 
-    A full batch of the longest prompt with responses of full length is sampled, scored and taken
-    through an optimizer step with gradients of 0; weights, random numbers and the optimizer are
-    then what they were.
+    With all that Adam will keep, a full batch of the longest prompt with responses of full length
+    is sampled, scored and taken through a backward pass. Weights, random numbers and optimizer are
+    then what they were. Reward models that are asked about texts are not part of it.
     """
-    longest = max((row.prompt_ids for row in rows), key=len)
-    pad_id = policy.generation_config.pad_token_id
-    prompts, mask = (x.to(device) for x in common.pad([longest] * cfg.batch_size, pad_id, "left"))
-    with torch.random.fork_rng(), common.arithmetic(device, cfg.dtype):
-        response = common.generate_responses(
-            policy, prompts, mask, cfg.response_length, cfg.temperature, to_the_full=True
+    for parameter in [*policy.parameters(), *critic.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # with gradients of 0 it moves nothing
+    longest = max(rows, key=lambda row: len(row.prompt_ids))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        tokens, mask, response_mask, _ = sample_responses(
+            policy, [longest] * cfg.batch_size, cfg, device, to_the_full=True
         )
-    tokens, mask = torch.cat([prompts, response], 1), torch.cat([mask, response == response], 1)
+    num_columns = response_mask.shape[1]
     models = [scorer for scorer in scorers if isinstance(scorer, torch.nn.Module)]
     score_responses(models, tokens, mask, None, None, cfg)
-    evaluate_tokens(policy, critic, ref_policy, tokens, mask, cfg.response_length, cfg)
+    evaluate_tokens(policy, critic, ref_policy, tokens, mask, num_columns, cfg)
+    size = min(cfg.microbatch_size, cfg.minibatch_size)
     with common.arithmetic(device, cfg.dtype):
         outputs = forward_responses(
-            policy, critic, tokens[: cfg.microbatch_size], mask[: cfg.microbatch_size],
-            cfg.response_length, cfg.temperature, with_entropy=cfg.entropy_coef > 0,
+            policy, critic, tokens[:size], mask[:size], num_columns, cfg.temperature,
+            with_entropy=cfg.entropy_coef > 0,
         )
     sum(output.sum() for output in outputs).backward()
-    for parameter in [*policy.parameters(), *critic.parameters()]:
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-    optimizer.step()
     optimizer.zero_grad()
     optimizer.state.clear()
 
@@ -991,6 +999,8 @@ def main(cfg):
     set_seed(cfg.seed)
     device = common.pick_device(cfg.device)
     state = common.open_run(cfg, MAY_CHANGE)
+    if state and state["iterations_done"] >= cfg.iterations:
+        raise UserError(f"the run has had its {cfg.iterations} iterations; raise --iterations")
 
     # -- setup: data, models, optimizer
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
@@ -1000,11 +1010,13 @@ def main(cfg):
     else:
         rows, eval_rows = common.hold_out(rows, 128, cfg.seed, "--eval-prompts")
     judge = None if cfg.judge is None else load_function(cfg.judge)
-    score_scales = state["score_scales"] if state else {}
-    models = load_models(cfg, tokenizer, rows + eval_rows, score_scales, device)
+    all_rows = rows + eval_rows
+    models = load_models(cfg, tokenizer, all_rows, device)
     policy, ref_policy, critic, scorers = models
-    if state:
-        load_checkpoint(cfg, policy, critic, tokenizer)
+    score_scales = set_score_scales(
+        state["score_scales"] if state else {}, scorers, policy, ref_policy, all_rows[:256],
+        tokenizer, cfg, device,
+    )
     lr = common.by_size(cfg.lr, LR_BY_SIZE, policy)
     sized = policy if cfg.critic == "shared" else critic
     critic_lr = common.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
@@ -1017,23 +1029,22 @@ def main(cfg):
     print_report(cfg, models, (lr, critic_lr), tokenizer, rows, eval_rows)
 
     if device.type == "cuda":
-        rehearse(policy, critic, ref_policy, scorers, optimizer, rows + eval_rows, cfg, device)
+        rehearse(policy, critic, ref_policy, scorers, optimizer, all_rows, cfg, device)
 
     # -- the start: a held-out evaluation of the SFT policy, which later ones are compared with
     if state:
+        load_checkpoint(cfg, policy, critic, tokenizer)
         common.restore(state, optimizer, schedule)
         iterations_done, kl_coef, baseline = (state[key] for key in KEPT)
-        if iterations_done >= cfg.iterations:
-            raise UserError(f"the run has had its {iterations_done} iterations; raise --iterations")
     else:
         iterations_done, kl_coef = 0, cfg.kl_coef
         baseline = evaluate(policy, ref_policy, scorers, judge, eval_rows, tokenizer, cfg, device)
     output = common.start_logs(cfg, state)
     log = common.open_log(output, cfg.tensorboard)
+    before = summarize(baseline, baseline)
     if not state:
         log_evaluation(log, output, 0, baseline, baseline)
-    before = after = summarize(baseline, baseline)
-    samples, history, told = baseline, read_history(output), set()
+    history, told = read_history(output), set()
     value_clip_eps = cfg.value_clip_eps if cfg.advantage == "gae" else None  # None is eq. 6b
     batches = endless_batches(rows, cfg.batch_size, random.Random(cfg.seed))
     batches = itertools.islice(batches, iterations_done, cfg.iterations)  # resumed: the same draws

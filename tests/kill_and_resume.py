@@ -37,6 +37,12 @@ def start(stage, *flags):
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def wait_until_it_trains(output):
+    while not (output / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    return time.monotonic()
+
+
 def finish(process):
     _, err = process.communicate()
     assert process.returncode == 0, err.decode()[-2000:]
@@ -49,15 +55,18 @@ def main(num_kills=20, seed=0):
         for data, rows in DATA.items():
             write_rows(folder / f"{data}.jsonl", rows)
         for stage in ("sft", "reward_model", "ppo"):
-            flags, began = [*flags_of(stage, folder), "--output", folder / stage], time.monotonic()
-            finish(start(stage, *flags))
+            flags = [*flags_of(stage, folder), "--output", folder / stage]
+            process = start(stage, *flags)
+            began = wait_until_it_trains(folder / stage)
+            finish(process)
             seconds, whole = time.monotonic() - began, contents(folder / stage)
             equal, places = 0, []
             for kill in range(num_kills):
                 output = folder / f"{stage}_{kill}"
                 flags[-1] = output
-                process, moment = start(stage, *flags), rng.uniform(0.35, 1.0) * seconds  # imports take the first part
-                time.sleep(moment)
+                process = start(stage, *flags)
+                wait_until_it_trains(output)
+                time.sleep(rng.random() * seconds)
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 saving = output.with_name(output.name + ".new-checkpoint").exists()

@@ -367,7 +367,7 @@ def test_the_rehearsal_runs_the_longest_batch_and_leaves_everything_as_it_was(wo
     cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=6, minibatch_size=3, microbatch_size=3, response_length=9)
     tokenizer, cpu = common.load_tokenizer(cfg.policy), torch.device("cpu")
     rows = ppo.load_prompts([str(world / "prompts.jsonl")], tokenizer, cfg, "prompts")
-    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, rows, {}, cpu)
+    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, rows, cpu)
     optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1.0)
     before = [p.clone() for m in (policy, critic) for p in m.parameters()]
     random_state, shapes = torch.get_rng_state(), []

@@ -65,17 +65,17 @@ def test_an_encoder_reads_prompt_and_response_as_a_pair_alone_and_in_a_batch(kin
     model, tokenizer = save_encoder(tmp_path / "rm", kind)
     reward = scorer(tmp_path / "rm", world, microbatch_size=2)
     prompts, responses = zip(*TEXTS)
-    scores = reward(prompts, responses, None)
+    scores = reward(prompts, responses).tolist()
     alone = [model(**tokenizer(p, r, return_tensors="pt")).logits.item() for p, r in TEXTS]  # as a model card says
     assert scores == pytest.approx(alone, abs=1e-5) and max(alone) - min(alone) > 1e-2
-    assert reward([TEXTS[0][0]], [TEXTS[0][1]], None) == pytest.approx(scores[:1], abs=1e-5)
+    assert reward([TEXTS[0][0]], [TEXTS[0][1]]).tolist() == pytest.approx(scores[:1], abs=1e-5)
 
 
 @pytest.mark.parametrize("pad", ["<|pad|>", None, "<|end|>"])
 def test_a_decoder_with_other_tokens_reads_what_its_own_forward_reads_whatever_its_pad(pad, world, tmp_path):
     """With pad = EOS, transformers' forward reads the token before EOS, and that head was trained there."""
     model, tokenizer = save_decoder(tmp_path / "rm", pad=pad)
-    scores = scorer(tmp_path / "rm", world)(*zip(*TEXTS), None)
+    scores = scorer(tmp_path / "rm", world)(*zip(*TEXTS)).tolist()
     for (prompt, response), score in zip(TEXTS, scores):
         ids = tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
         read = -2 if pad == "<|end|>" else -1
@@ -87,9 +87,9 @@ def test_a_decoder_with_a_template_reads_a_plain_prompt_as_the_users_message(wor
     template = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     model, tokenizer = save_decoder(tmp_path / "rm", template)
     reward = scorer(tmp_path / "rm", world)
-    plain = reward(*zip(*TEXTS[:2]), None)
+    plain = reward(*zip(*TEXTS[:2])).tolist()
     chats = [[{"role": "user", "content": prompt}] for prompt, _ in TEXTS[:2]]
-    assert reward(chats, [response for _, response in TEXTS[:2]], None) == plain
+    assert reward(chats, [response for _, response in TEXTS[:2]]).tolist() == plain
     text = "<|start|><|im_start|>user A fox meets a cub.<|im_end|><|im_start|>assistant The fox helps the cub.<|im_end|>"  # as its card has it: no EOS is added
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     by_hand = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
@@ -134,7 +134,7 @@ def test_a_reward_model_that_this_project_made_for_other_tokens_is_read_where_it
     ids = sum(common.encode(tokenizer, prompt, response.strip() if template else response), [])
     assert ids[-1] == tokenizer.eos_token_id
     by_hand = (model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() - 0.25) / 2
-    assert scorer(tmp_path / "rm", world)([prompt], [response], None)[0] == pytest.approx(by_hand, abs=1e-5)
+    assert scorer(tmp_path / "rm", world)([prompt], [response]).item() == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_a_reward_function_cannot_change_what_the_run_sees(world, tmp_path, run_stage):
