@@ -37,8 +37,8 @@ def start(stage, *flags):
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def wait_until_it_trains(output):
-    while not (output / "metrics.jsonl").exists():
+def wait_until_it_trains(output, process):
+    while not (output / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     return time.monotonic()
 
@@ -57,7 +57,7 @@ def main(num_kills=20, seed=0):
         for stage in ("sft", "reward_model", "ppo"):
             flags = [*flags_of(stage, folder), "--output", folder / stage]
             process = start(stage, *flags)
-            began = wait_until_it_trains(folder / stage)
+            began = wait_until_it_trains(folder / stage, process)
             finish(process)
             seconds, whole = time.monotonic() - began, contents(folder / stage)
             equal, places = 0, []
@@ -65,7 +65,7 @@ def main(num_kills=20, seed=0):
                 output = folder / f"{stage}_{kill}"
                 flags[-1] = output
                 process = start(stage, *flags)
-                wait_until_it_trains(output)
+                wait_until_it_trains(output, process)
                 time.sleep(rng.random() * seconds)
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
