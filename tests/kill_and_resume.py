@@ -37,9 +37,16 @@ def start(stage, *flags):
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def wait_until_it_trains(output, process):
-    while not (output / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
+def wait_for_rows(output, process, number):
+    """Until the log has this many rows; the time then."""
+    log = output / "metrics.jsonl"
+    while process.poll() is None:
+        try:
+            if log.read_text().count("\n") >= number:
+                break
+        except OSError:
+            pass  # not there yet, or being replaced
+        time.sleep(0.005)
     return time.monotonic()
 
 
@@ -57,16 +64,18 @@ def main(num_kills=20, seed=0):
         for stage in ("sft", "reward_model", "ppo"):
             flags = [*flags_of(stage, folder), "--output", folder / stage]
             process = start(stage, *flags)
-            began = wait_until_it_trains(folder / stage, process)
+            began = wait_for_rows(folder / stage, process, 1)
             finish(process)
-            seconds, whole = time.monotonic() - began, contents(folder / stage)
+            whole = contents(folder / stage)
+            num_rows = len(whole["metrics.jsonl"])
+            seconds = (time.monotonic() - began) / num_rows
             equal, places = 0, []
             for kill in range(num_kills):
                 output = folder / f"{stage}_{kill}"
                 flags[-1] = output
                 process = start(stage, *flags)
-                wait_until_it_trains(output, process)
-                time.sleep(rng.random() * seconds)
+                wait_for_rows(output, process, rng.randrange(num_rows))
+                time.sleep(rng.random() * seconds)  # anywhere in the next row, saves included
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 saving = output.with_name(output.name + ".new-checkpoint").exists()
