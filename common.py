@@ -890,6 +890,7 @@ def restore(state, optimizer, schedule):
     torch.set_rng_state(state["torch_random"])
     if len(state["cuda_random"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_random"])
+    print(f"  resumed after {schedule.last_epoch} iterations")
 
 
 @contextlib.contextmanager

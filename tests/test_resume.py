@@ -400,3 +400,17 @@ def test_weights_that_are_not_finite_are_named_and_logits_that_are_not_name_the_
     flags = [*flags_of("ppo", world, "--batch-size", 24, "--minibatch-size", 24), "--output", tmp_path / "out"]
     status, _, err = run_stage(ppo, *flags)
     assert status == 2 and err.strip().splitlines()[-1].startswith("ppo.py: error: sampling failed in iteration 3: the policy's logits are not finite")
+
+
+def test_paths_in_data_rows_are_never_opened_and_a_run_writes_ordinary_files_in_its_folder(world, tmp_path, run_stage):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("kept")
+    rows = [{"prompt": f"A fox {i}.", "image": str(secret), "path": f"file://{secret}", "prompt_ids": str(secret)} for i in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = []
+    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    status, _, err = run_stage(ppo, *flags_of("ppo", world, "--prompts", tmp_path / "prompts.jsonl"), "--output", tmp_path / "out")
+    assert status == 0 and str(tmp_path / "prompts.jsonl") in opened and str(secret) not in opened, err
+    files = [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
+    assert len(files) > 8 and all(path.is_file() and not path.is_symlink() for path in files)
+    assert sorted(os.listdir(tmp_path)) == ["out", "prompts.jsonl", "secret.txt"]
