@@ -10,11 +10,11 @@ bring in a wrong animal. A "human" who follows `true_reward.py`, with noise, pre
     heldout_prompts.jsonl  prompt                    what `ppo.py` is judged on; in no other file
 """
 
+import argparse
 import json
 import math
 import pathlib
 import random
-import sys
 
 from true_reward import FRIENDS, HEROES, judge
 
@@ -164,7 +164,10 @@ def make_world(seed=0):
 
 
 def main():
-    folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = pathlib.Path(__file__).parent
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=here, help="where to write")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in make_world().items():
         (folder / name).write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())

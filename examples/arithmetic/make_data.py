@@ -12,11 +12,11 @@ Digits stand apart so that each is a token of its own: the tokenizer that `sft.p
 make one of every number, and the tiny model would have to learn thousands of sums by heart.
 """
 
+import argparse
 import itertools
 import json
 import pathlib
 import random
-import sys
 
 NUM_HELDOUT = 495  # of 4095 sums
 SLIPS = 0.15  # share of tens, and of ones, that are one too many or too few
@@ -64,7 +64,10 @@ def make_data(seed=0):
 
 
 def main():
-    folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = pathlib.Path(__file__).parent
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=here, help="where to write")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in make_data().items():
         (folder / name).write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
