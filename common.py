@@ -486,8 +486,11 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
             "does not fit the chat template: a reply is not rendered as the chat so far and more, "
             "so no model that goes on with the one could write the other"
         )
-    text, last_words = whole[len(opening) :], response[-1]["content"].strip()
-    words_end = max(text.rfind(last_words), 0) + len(last_words)
+    text, words = whole[len(opening) :], response[-1]["content"].strip()
+    before = render_chat(tokenizer, prompt + response[:-1], add_generation_prompt=True)
+    last_turn = len(before) - len(opening) if whole.startswith(before) else 0
+    words_start = text.find(words, last_turn)  # not there if the template changes them
+    words_end = words_start + len(words) if words_start >= 0 else last_turn
     is_end = lambda id: id in {*eos, *eos_ids}
     num_within = sum(map(is_end, ids(text[:words_end])))  # of earlier turns, or quoted
     response_ids = ids(text)
@@ -766,10 +769,16 @@ def print_tokens(tokenizer, model, prompt, response=()):
 # OUTPUT.old-checkpoint: a run killed at any time leaves one whole. trainer_state/ is what --resume
 # needs besides the weights.
 LOGS = ("args.json", "metrics.jsonl", "samples.jsonl")
+# The flags that --resume may be given anew. They change nothing but rounding: another device, and
+# in bf16 another micro-batch; another device also has other random numbers.
+MAY_CHANGE = (
+    "microbatch_size", "save_every", "tensorboard", "device", "gradient_checkpointing",
+    "trust_remote_code",
+)
 _locks = []
 
 
-def open_run(cfg, may_change=()):
+def open_run(cfg, may_change=MAY_CHANGE):
     """Make sure that the output folder is this run's, before the work; what to go on from, or None.
 
     Args:

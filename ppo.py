@@ -144,12 +144,8 @@ class Config:
 LR_BY_SIZE = ((10e6, 3e-4), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
 
 
-# What --resume may be given anew. --iterations changes the learning rates still to come; another
-# device or, in bf16, another micro-batch changes the rounding, and a device the random numbers.
-MAY_CHANGE = (
-    "iterations", "eval_every", "save_every", "explain", "tensorboard", "microbatch_size", "device",
-    "gradient_checkpointing", "trust_remote_code",
-)
+# What --resume may be given anew; --iterations changes the learning rates still to come.
+MAY_CHANGE = (*common.MAY_CHANGE, "iterations", "eval_every", "explain")
 # Where memory may run out: {function: (what it does, the flag to halve)}
 MEMORY_FLAGS = {
     "main": ("the update", "--microbatch-size"),

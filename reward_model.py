@@ -97,11 +97,6 @@ def check_config(cfg):
         common.import_tensorboard()
 
 
-# What --resume may be given anew: nothing here changes what is learned.
-MAY_CHANGE = (
-    "microbatch_size", "save_every", "tensorboard", "device", "gradient_checkpointing",
-    "trust_remote_code",
-)
 # Where memory may run out: {function: (what it does, the flag to halve)}
 MEMORY_FLAGS = {
     "main": ("the update", "--microbatch-size"), "score_pairs": ("scoring", "--microbatch-size")
@@ -292,7 +287,7 @@ def main(cfg):
     check_config(cfg)
     set_seed(cfg.seed)
     device = common.pick_device(cfg.device)
-    state = common.open_run(cfg, MAY_CHANGE)
+    state = common.open_run(cfg)
 
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = load_data(cfg)

@@ -107,6 +107,14 @@ def test_a_response_ends_where_the_policys_own_would_whatever_the_template_write
     assert ids[-1] == im_end and ids.count(im_end) == 1 and end not in ids
     _, several = common.encode(tokenizer, CHAT[:2], CHAT[2:], [end, im_end])  # the end of the last turn, not of the first
     assert tokenizer.decode(several).endswith("The owl sings.<|im_end|>") and several.count(im_end) == 3
+    _, short = common.encode(tokenizer, CHAT[:2], CHAT[2:4] + [{"role": "assistant", "content": "A"}], [end, im_end])
+    assert tokenizer.decode(short).endswith("assistant\nA<|im_end|>") and short.count(im_end) == 3
+    tokenizer = a_tokenizer()
+    for content in ("", " ", "user", "assistant\n"):  # no words, or words that the template writes too
+        silent = [{"role": "assistant", "content": content}]
+        expected = tokenizer(content.strip() + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        assert common.encode(tokenizer, CHAT[:2], silent)[1] == expected
+        assert common.encode(tokenizer, CHAT[:2], CHAT[2:4] + silent)[1][-len(expected) :] == expected
 
 
 @pytest.mark.parametrize("words", ["Write <|end|> to stop. More.", "<|end|>", "The end. <|end|>"])
