@@ -309,6 +309,9 @@ def _parse_row(line, formats, where, example):
         problem = f"is not JSON ({error})" if line.strip() else "is empty"
     else:
         problem = _row_problem(row, formats)
+        if not problem:  # exported tables hold null under the keys of other formats
+            empty = [key for key in set().union(*formats) if row.get(key, 0) is None]
+            row = {key: value for key, value in row.items() if key not in empty}
     if problem:
         raise UserError(f"{where} {problem}; write lines like {example}")
     row = Row(row)
@@ -319,9 +322,11 @@ def _parse_row(line, formats, where, example):
 def _row_problem(row, formats):
     if not isinstance(row, dict):
         return f"is a JSON {type(row).__name__}, not an object"
-    keys = next((keys for keys in formats if all(key in row for key in keys)), None)
+    fits = lambda keys: all(row.get(key) is not None for key in keys)
+    keys = next(filter(fits, formats), None)
     if keys is None:
-        return f"has the keys {', '.join(map(repr, row)) or '(none)'}"
+        named = [f"{key!r}" + (" (null)" if row[key] is None else "") for key in row]
+        return f"has the keys {', '.join(named) or '(none)'}"
     return next(filter(None, (_value_problem(key, row[key]) for key in keys)), None)
 
 
@@ -454,8 +459,8 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
     A string becomes its ids, with one BOS in front of the prompt if this tokenizer begins its texts
     with it, and one EOS behind the response. A chat is rendered by the tokenizer's template twice:
     up to the words that open the assistant's turn, and whole; what the second adds is the
-    response, up to the first EOS behind its words, since there the policy's own response would
-    end. The template writes BOS itself, so none is added.
+    response, up to the first EOS behind its words: there the policy's own response would end.
+    (An EOS quoted within the words ends nothing here.) The template writes BOS itself.
     Prompt and response are tokenised apart, as PPO must: it has the prompt before any response.
 
     Raises:
@@ -470,7 +475,7 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
         begins_with_bos = tokenizer("a")["input_ids"][:1] == bos and prompt_ids[:1] != bos
         prompt_ids = bos + prompt_ids if begins_with_bos else prompt_ids
         response_ids = ids(response or "")
-        if response is not None and response_ids[-1:] != eos:
+        if response is not None and not {*response_ids[-1:]} & {*eos, *eos_ids}:
             response_ids += eos
         return prompt_ids, response_ids
     if prompt[-1]["role"] == "assistant":
@@ -786,7 +791,7 @@ def open_run(cfg, may_change=MAY_CHANGE):
         may_change: the flags that may be others than those the run began with.
 
     Returns:
-        What `save_run` was given, if there is a checkpoint to go on from; None starts at the start.
+        What `saved_run` was given, if there is a checkpoint to go on from; else None.
 
     Raises:
         UserError: the folder can't be written, another run writes it, it holds anything but a run,
@@ -812,6 +817,7 @@ def open_run(cfg, may_change=MAY_CHANGE):
         _beside(output, "old").rename(output)  # killed between the two renames of a save
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; name a folder")
+    _remove_replaced(output)
     held = set(os.listdir(output)) if output.is_dir() else set()
     if held and "metrics.jsonl" not in held:
         raise UserError(f"--output {output} holds files of something else; name a new folder")
@@ -831,6 +837,17 @@ def output_folder(cfg):
 
 def _beside(output, kind):
     return output.with_name(f"{output.name}.{kind}-checkpoint")
+
+
+def _remove_replaced(output):
+    """Remove a checkpoint that another has replaced, under a name where nobody looks for one."""
+    replaced, gone = _beside(output, "old"), _beside(output, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if replaced.is_dir():
+        if (replaced / "tensorboard").exists() and not (output / "tensorboard").exists():
+            (replaced / "tensorboard").rename(output / "tensorboard")  # moved: its files are open
+        replaced.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _lock(output):
@@ -888,8 +905,13 @@ def start_logs(cfg, state):
     return output
 
 
-def restore(state, optimizer, schedule):
-    """Put back what `save_run` saved of the optimizer, its schedule and the random generators."""
+def restore(state, num_examples, optimizer, schedule):
+    """Put back what `saved_run` saved of the optimizer, its schedule and the random generators."""
+    if num_examples != state["num_examples"]:
+        raise UserError(
+            f"the data give {num_examples} examples now and gave {state['num_examples']} when the "
+            "run began; put the files back, or start anew with --overwrite"
+        )
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     schedule._last_lr = schedule.get_lr()  # the run may be longer now
@@ -903,7 +925,7 @@ def restore(state, optimizer, schedule):
 
 
 @contextlib.contextmanager
-def saved_run(cfg, optimizer=None, schedule=None, **more):
+def saved_run(cfg, num_examples=None, optimizer=None, schedule=None, **more):
     """A folder to save models into; at the end it is the output folder, whole, with logs and state.
 
     Without an optimizer the run is finished, and cannot be resumed. `more` is kept with the state:
@@ -917,7 +939,7 @@ def saved_run(cfg, optimizer=None, schedule=None, **more):
             if optimizer is not None:
                 logs = [folder / name for name in LOGS[1:] if (folder / name).exists()]
                 state = {
-                    "args": dataclasses.asdict(cfg),
+                    "args": dataclasses.asdict(cfg), "num_examples": num_examples,
                     "log_sizes": {log.name: log.stat().st_size for log in logs},
                     "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                     "random": random.getstate(), "torch_random": torch.get_rng_state(),
@@ -926,6 +948,8 @@ def saved_run(cfg, optimizer=None, schedule=None, **more):
                 (folder / "trainer_state").mkdir()
                 torch.save(state | more, folder / "trainer_state" / "state.pt")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         free = shutil.disk_usage(output.parent).free / 1e6
         raise UserError(
             f"can't write the checkpoint {output} ({free:.0f} MB are free there): "
@@ -948,9 +972,14 @@ class StopRequest:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        signal.signal(number, signal.default_int_handler)  # a KeyboardInterrupt
+        self.close()
         self.signal = number
-        print("\nstopping after this iteration; once more stops at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
+
+    def close(self):
+        """From now on a signal stops at once, by a KeyboardInterrupt."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
     def leave(self, cfg):
         """End the process; the checkpoint has been written."""
@@ -1022,25 +1051,22 @@ def read_json_lines(path):
 @contextlib.contextmanager
 def written_whole(output):
     """A folder beside `output`, with its logs, that takes its place if the block ends well."""
-    fresh, replaced = _beside(output, "new"), _beside(output, "old")
-    for leftover in (fresh, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    fresh = _beside(output, "new")
+    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         for name in LOGS:
             if (output / name).exists():
                 shutil.copy(output / name, fresh)
         yield fresh
-        for path in fresh.rglob("*"):  # on the disk, before any name changes
+        for path in fresh.rglob("*"):  # handed to the disk before any name changes
             if path.is_file():
-                with open(path, "rb") as file:
+                with open(path, "rb+") as file:
                     os.fsync(file.fileno())
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     if output.exists():
-        output.rename(replaced)
+        output.rename(_beside(output, "old"))
     fresh.rename(output)
-    if (replaced / "tensorboard").exists():
-        (replaced / "tensorboard").rename(output / "tensorboard")  # moved: its files are open
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove_replaced(output)

@@ -844,9 +844,9 @@ def log_evaluation(log, output, iteration, samples, baseline):
     return summary
 
 
-def save_checkpoint(cfg, policy, critic, tokenizer, optimizer, schedule, **more):
+def save_checkpoint(cfg, policy, critic, tokenizer, num_rows, optimizer, schedule, **more):
     """Policy, critic, logs and all that --resume needs; the folder is there whole or not at all."""
-    with common.saved_run(cfg, optimizer, schedule, **more) as folder:
+    with common.saved_run(cfg, num_rows, optimizer, schedule, **more) as folder:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if cfg.critic == "separate":
@@ -1030,7 +1030,7 @@ def main(cfg):
     # -- the start: a held-out evaluation of the SFT policy, which later ones are compared with
     if state:
         load_checkpoint(cfg, policy, critic, tokenizer)
-        common.restore(state, optimizer, schedule)
+        common.restore(state, len(rows), optimizer, schedule)
         iterations_done, kl_coef, baseline = (state[key] for key in KEPT)
     else:
         iterations_done, kl_coef = 0, cfg.kl_coef
@@ -1136,7 +1136,9 @@ def main(cfg):
             progress.write(explain_response(tokenizer, batch, ref_logprobs, rewards, advantages))
         if is_last or stop.signal or iteration % cfg.save_every == 0:
             more = dict(zip(KEPT, (iteration, kl_coef, baseline)), score_scales=score_scales)
-            save_checkpoint(cfg, policy, critic, tokenizer, optimizer, schedule, **more)
+            save_checkpoint(
+                cfg, policy, critic, tokenizer, len(rows), optimizer, schedule, **more
+            )
         if stop.signal and not is_last:
             progress.close()
             stop.leave(cfg)

@@ -19,7 +19,6 @@ Epochs    One. Preference labels are noisy, and a second pass mostly memorises t
 
 Differs   (3) uses all responses of the training pairs, and scales too; the sources below centre the
           scores of demonstrations or reference summaries.
-          Chosen and rejected go through one forward pass: one call, the same arithmetic for both.
           The model is saved with its head, loaded again and held to the scores from before.
 
 Sources   Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ Implementation
@@ -159,7 +158,8 @@ def split_chats(chosen, rejected):
             raise ValueError("has a chat that does not end with the assistant's message")
     length = 0
     for i, (one, other) in enumerate(zip(chosen, rejected)):
-        if i and one["role"] == other["role"] == "assistant":
+        answers = i and chosen[i - 1]["role"] != "assistant"
+        if answers and one["role"] == other["role"] == "assistant":
             length = i
         if one != other:
             break
@@ -324,7 +324,7 @@ def main(cfg):
     common.print_tokens(tokenizer, model, pairs[0][0])
 
     if state:
-        common.restore(state, optimizer, schedule)
+        common.restore(state, len(pairs), optimizer, schedule)
     steps_done = state["steps_done"] if state else 0
     log = common.open_log(common.start_logs(cfg, state), cfg.tensorboard)
     stop, skipped = common.StopRequest(), common.SkippedSteps()
@@ -360,13 +360,15 @@ def main(cfg):
         log(row)
         shown = {key: f"{row[key]:.3f}" for key in ("loss", "accuracy")}
         progress.set_postfix(shown, refresh=False)
-        if step < num_steps and (stop.signal or step % cfg.save_every == 0):
-            with common.saved_run(cfg, optimizer, schedule, steps_done=step) as folder:
+        if stop.signal or step % cfg.save_every == 0 or step == num_steps:
+            more = {"steps_done": step}
+            with common.saved_run(cfg, len(pairs), optimizer, schedule, **more) as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
             if stop.signal:
                 progress.close()
                 stop.leave(cfg)
+    stop.close()
 
     # -- held-out result, scale (eq. 3), checkpoint
     raw = score_pairs(model, eval_pairs, cfg, pad_id, device, "held-out pairs")

@@ -16,7 +16,7 @@ EOS       It is learned like any other token. A policy that never learned to sto
 Differs   The sum over a batch's tokens is divided once, by their number in the whole batch, so
           that micro-batches change no gradient; a mean of their means would. Batches hold rows of
           like length to save padding, so a token of a short text still weighs more over an epoch.
-          A row that is too long is dropped and counted, not cut: cut texts teach never to end.
+          An example that is too long is dropped and counted: cut texts teach never to end.
 
 Sources   Ouyang et al. 2022 (InstructGPT); Huang et al. 2024, "The N+ Implementation Details of
           RLHF with PPO". The last one's settings for TL;DR summaries with 1 B parameters are a
@@ -147,14 +147,15 @@ def row_dialogues(row):
         return [("", row["text"])]
     chat = prompt + completion
     first = max(len(prompt), 1)  # an opening by the assistant answers nothing
-    turns = [i for i in range(first, len(chat)) if chat[i]["role"] == "assistant"]
+    roles = [message["role"] for message in chat]
+    turns = [i for i in range(first, len(chat)) if roles[i] == "assistant" != roles[i - 1]]
     if not turns:
         raise ValueError("has a chat without a message of the assistant that answers something")
     return [(chat[:i], chat[i : i + 1]) for i in turns]
 
 
 def encode_row(row, tokenizer, eos_ids, cfg):
-    """The (prompt ids, completion ids with EOS) of a row, or why there are none."""
+    """Each (prompt ids, completion ids with EOS) of a row, or why there is none."""
     for prompt, completion in row_dialogues(row):
         prompt_ids, completion_ids = common.encode(tokenizer, prompt, completion, eos_ids)
         if len(prompt_ids) + len(completion_ids) == 1:
@@ -272,7 +273,7 @@ def main(cfg):
     common.print_tokens(tokenizer, model, *examples[0])
 
     if state:
-        common.restore(state, optimizer, schedule)
+        common.restore(state, len(examples), optimizer, schedule)
     steps_done = state["steps_done"] if state else 0
     loss_before = state["loss_before"] if state else evaluate(
         model, eval_examples, cfg, pad_id, device
@@ -307,14 +308,15 @@ def main(cfg):
         }
         log(row)
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if step < num_steps and (stop.signal or step % cfg.save_every == 0):
+        if stop.signal or step % cfg.save_every == 0 or step == num_steps:
             more = {"steps_done": step, "loss_before": loss_before}
-            with common.saved_run(cfg, optimizer, schedule, **more) as folder:
+            with common.saved_run(cfg, len(examples), optimizer, schedule, **more) as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
             if stop.signal:
                 progress.close()
                 stop.leave(cfg)
+    stop.close()
 
     # -- held-out result, checkpoint, samples
     loss_after = evaluate(model, eval_examples, cfg, pad_id, device)

@@ -83,6 +83,9 @@ def test_each_turn_of_the_assistant_is_one_example_that_answers_the_chat_before_
     assert dialogues == [(CHAT[:2], CHAT[2:3]), (CHAT[:4], CHAT[4:5])]
     assert sft.row_dialogues({"prompt": CHAT[:3] + CHAT[3:4], "completion": CHAT[4:]}) == [(CHAT[:4], CHAT[4:5])]
     assert sft.row_dialogues({"messages": CHAT[2:]}) == [(CHAT[2:4], CHAT[4:5])]  # an opening answers nothing
+    twice = CHAT[:3] + CHAT[2:3]  # the second of two answers in a row answers nothing
+    assert sft.row_dialogues({"messages": twice}) == [(CHAT[:2], CHAT[2:3])]
+    assert reward_model.row_dialogues({"chosen": twice, "rejected": CHAT[:3] + CHAT[4:5]}) == (CHAT[:2], twice[2:], CHAT[2:3] + CHAT[4:5])
     for chat in (CHAT[:2], CHAT[2:3]):  # nobody answers; nothing is answered
         with pytest.raises(ValueError, match="without a message of the assistant"):
             sft.row_dialogues({"messages": chat})
@@ -222,6 +225,13 @@ def test_a_preference_set_in_each_format_gives_the_same_reward_model_to_the_last
     assert any(not torch.equal(before[key], weights["plain"][key]) for key in weights["plain"] if key in before)
     for kind, tensors in weights.items():
         assert all(torch.equal(tensors[key], weights["plain"][key]) for key in tensors), kind
+
+
+def test_null_under_the_keys_of_another_format_is_as_good_as_no_key(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": None, "completion": None, "messages": CHAT, "id": None}, {"prompt": None, "chosen": "a b", "rejected": "a c"}])
+    rows = common.read_rows([path], [("prompt", "completion"), ("messages",), ("prompt", "chosen", "rejected"), ("chosen", "rejected")])
+    assert rows == [{"messages": CHAT, "id": None}, {"chosen": "a b", "rejected": "a c"}]
+    assert len(sft.row_dialogues(rows[0])) == 2 and reward_model.row_dialogues(rows[1]) == ("a", " b", " c")
 
 
 def test_rows_that_are_dropped_are_counted_by_reason(tmp_path, capsys):

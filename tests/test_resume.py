@@ -414,3 +414,37 @@ def test_paths_in_data_rows_are_never_opened_and_a_run_writes_ordinary_files_in_
     files = [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
     assert len(files) > 8 and all(path.is_file() and not path.is_symlink() for path in files)
     assert sorted(os.listdir(tmp_path)) == ["out", "prompts.jsonl", "secret.txt"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_what_fails_after_the_last_step_loses_no_training(stage, world, tmp_path, run_stage, monkeypatch):
+    module, output = STAGES[stage], tmp_path / "out"
+    assert run_stage(module, *flags_of(stage, world), "--output", tmp_path / "whole")[0] == 0
+    name = {"sft": "evaluate", "reward_model": "score_pairs"}[stage]
+    original, calls = getattr(module, name), []
+
+    def fail(*arguments):
+        calls.append(None)
+        if len(calls) == (2 if stage == "sft" else 1):  # sft evaluates at the start too
+            os.kill(os.getpid(), signal.SIGTERM)  # nothing waits for an iteration any more: it stops now
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, fail)
+    assert run_stage(module, *flags_of(stage, world), "--output", output)[0] == 130
+    clip, steps = module.clip_grad_norm_, []
+    monkeypatch.setattr(module, "clip_grad_norm_", lambda *arguments: steps.append(None) or clip(*arguments))
+    status, out, err = run_stage(module, "--resume", "--output", output)
+    assert status == 0 and not steps and "resumed after 6 iterations" in out, err
+    assert contents(output) == contents(tmp_path / "whole") and not (output / "trainer_state").exists()
+
+
+def test_data_that_have_changed_since_the_run_began_are_noticed(world, tmp_path, run_stage, monkeypatch):
+    shutil.copy(world / "sft.jsonl", tmp_path / "data.jsonl")
+    flags = [*flags_of("sft", world, "--data", tmp_path / "data.jsonl"), "--output", tmp_path / "out"]
+    undo = interrupt(monkeypatch, sft, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run_stage(sft, *flags)
+    undo()
+    with open(tmp_path / "data.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    status, _, err = run_stage(sft, *flags, "--resume")
+    assert status == 2 and "the data give 25 examples now and gave 24 when the run began" in err
