@@ -880,6 +880,8 @@ def load_scorer(spec, cfg, policy, tokenizer, device):
     if re.search(r"\.py(:|$)", spec) and not os.path.isdir(spec):
         return load_function(spec)
     made_by, trust = "python reward_model.py", cfg.trust_remote_code
+    if os.path.isdir(f"{spec}/trainer_state"):
+        raise UserError(f"{spec} is not finished; {made_by} --resume --output {spec} goes on")
     theirs = common.load_tokenizer(spec, made_by, trust, needs_eos=False)
     classifier, own = common.load_text_scorer(spec, made_by, trust)  # its own pad token
     classifier.requires_grad_(False).to(device)

@@ -265,7 +265,7 @@ def save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device):
         scores = score_pairs(reloaded.to(device), eval_pairs, cfg, pad_id, device, "reload")
         drift = max((new - old).abs().max().item() for new, old in zip(scores, expected))
         if not drift < 1e-3:
-            raise UserError(f"the saved model scores differently, by up to {drift:.2g}; not kept")
+            raise UserError(f"the saved model scores differently, by up to {drift:.2g}: not kept")
     return drift
 
 

@@ -143,4 +143,4 @@ def test_nothing_is_kept_of_a_model_that_reads_back_differently(world, tmp_path,
 
     monkeypatch.setattr(common, "load_scalar_model", broken)
     status, _, err = run_stage(reward_model, "--model", world / "sft", "--data", world / "pairs.jsonl", "--output", tmp_path / "rm", "--device", "cpu")
-    assert status == 2 and "not kept" in err and sorted(os.listdir(tmp_path / "rm")) == ["args.json", "metrics.jsonl"]
+    assert status == 2 and "not kept" in err and "trainer_state" in os.listdir(tmp_path / "rm")  # so ppo.py refuses it

@@ -1,6 +1,7 @@
 """Reward models from elsewhere, sums of rewards, the hub, code that comes with a model, TensorBoard."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -274,3 +275,9 @@ def test_tensorboard_that_is_not_installed_is_named(world, tmp_path, run_stage, 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--tensorboard")), "ppo", "--tensorboard needs the package tensorboard; pip install tensorboard")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_that_is_not_finished_is_refused(world, tmp_path, run_stage):
+    shutil.copytree(world / "reward_model", tmp_path / "rm")
+    (tmp_path / "rm" / "trainer_state").mkdir()
+    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "rm")), "ppo", "is not finished; python reward_model.py --resume --output")
