@@ -869,7 +869,8 @@ def _lock(output):
 
 def _read_state(output, cfg, may_change):
     if not (output / "trainer_state").is_dir():
-        raise UserError(f"the run in {output} is finished; --overwrite starts anew")
+        _check_flags(output, cfg, read_saved_args(output / "args.json", type(cfg)), may_change)
+        finish(f"the run in {cfg.output} is finished; --overwrite starts anew")
     try:
         path = output / "trainer_state" / "state.pt"
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -877,15 +878,24 @@ def _read_state(output, cfg, may_change):
     except Exception as error:  # torch has many
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"can't resume from {output / 'trainer_state'}: {reason}") from None
-    now_given = dataclasses.asdict(cfg)
-    for name, value in began.items():
-        if name not in {*may_change, *RUN_FLAGS} and now_given.get(name, value) != value:
+    _check_flags(output, cfg, began, may_change)
+    return state
+
+
+def _check_flags(output, cfg, began, may_change):
+    for name, value in dataclasses.asdict(cfg).items():
+        if name not in {*may_change, *RUN_FLAGS} and began.get(name, value) != value:
             flag, allowed = "--" + name.replace("_", "-"), ", ".join(sorted(may_change))
             raise UserError(
-                f"{flag} is {now_given[name]}, but the run in {output} began with {value}; leave "
-                f"it out, or start anew with --overwrite. May change: {allowed}"
+                f"{flag} is {value}, but the run in {output} began with {began[name]}; leave it "
+                f"out, or start anew with --overwrite. May change: {allowed}"
             )
-    return state
+
+
+def finish(message):
+    """End the process well: there is nothing left to do, so a job that is started again is done."""
+    print(f"  {message}")
+    sys.exit(0)
 
 
 def start_logs(cfg, state):

@@ -376,23 +376,23 @@ def score_tokens(reward_model, tokens, attention_mask, cfg):
 
 @torch.no_grad()
 def score_responses(scorers, tokens, attention_mask, rows, responses, cfg):
-    """One score per response, (B,) float32: the sum over `scorers`, usually one.
+    """What each of the S scorers, usually one, says of each response: (S, B) float32.
 
     A function's value counts as it is, a reward model's is normalised. A reward model reads prompt
     and response as the policy wrote them, token by token, and is asked at the last attended
     token, the EOS if there is one. One with other tokens is asked about the texts.
     """
-    scores = torch.zeros(len(tokens), device=tokens.device)
+    parts = []
     for scorer in scorers:
         if isinstance(scorer, TextScorer):
-            scores += scorer([row["prompt"] for row in rows], responses)
+            parts.append(scorer([row["prompt"] for row in rows], responses))
         elif isinstance(scorer, torch.nn.Module):
-            scores += score_tokens(scorer, tokens, attention_mask, cfg)
+            parts.append(score_tokens(scorer, tokens, attention_mask, cfg))
         else:
-            scores += call_reward(scorer, rows, responses).to(tokens.device)
-    if not scores.isfinite().all():
-        raise UserError("a score is not finite; look at --reward, its model and --dtype")
-    return scores
+            parts.append(call_reward(scorer, rows, responses).to(tokens.device))
+        if not parts[-1].isfinite().all():
+            raise UserError("a score is not finite; look at --reward, its model and --dtype")
+    return torch.stack(parts)
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
@@ -640,7 +640,8 @@ def evaluate(policy, ref_policy, scorers, judge, rows, tokenizer, cfg, device):
             some = rows[start : start + cfg.batch_size]
             tokens, attention_mask, response_mask, _ = sample_responses(policy, some, cfg, device)
             responses = decode_responses(tokens, response_mask, tokenizer)
-            scores = score_responses(scorers, tokens, attention_mask, some, responses, cfg)
+            parts = score_responses(scorers, tokens, attention_mask, some, responses, cfg)
+            scores = parts.sum(0)
             truths = call_reward(judge, some, responses).tolist() if judge else [None] * len(some)
             logprobs, ref_logprobs, _, _ = evaluate_tokens(
                 policy, None, ref_policy, tokens, attention_mask, response_mask.shape[1], cfg
@@ -672,11 +673,11 @@ def summarize(samples, baseline):
 
 # === 8. What the user sees (not part of the algorithm) ============================================
 def metrics_row(
-    iteration, cfg, schedule, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
+    iteration, cfg, schedule, kl_coef, parts, truths, kl, entropy, ended, batch, steps,
     grad_norms, clock,
 ):
     """The iteration's row of metrics.jsonl; the comments say what is healthy."""
-    mask, value_mask = batch.response_mask, batch.value_mask
+    mask, value_mask, scores = batch.response_mask, batch.value_mask, parts.sum(0)
     update = dict(zip(STATISTICS, torch.stack(steps).mean(0).tolist()))
     error, returns = (batch.returns - batch.values)[value_mask], batch.returns[value_mask]
     unexplained = (error.var(correction=0) / returns.var(correction=0)).item()
@@ -686,6 +687,7 @@ def metrics_row(
         "iteration": iteration,
         "episodes": iteration * cfg.batch_size,
         "score": scores.mean().item(),  # before the EOS penalty; rises
+        "score_parts": parts.mean(1).tolist(),  # of each --reward, in their order
         "score_std": scores.std(correction=0).item(),  # shrinks; near 0 nothing is left to learn
         "true_reward": None if truths is None else truths.mean().item(),  # falls when hacked
         "kl": kl.sum(1).mean().item(),  # 0, then up to about 10; below 0 only by chance
@@ -978,7 +980,8 @@ def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
         )
     num_columns = response_mask.shape[1]
     models = [scorer for scorer in scorers if isinstance(scorer, torch.nn.Module)]
-    score_responses(models, tokens, mask, None, None, cfg)
+    if models:
+        score_responses(models, tokens, mask, None, None, cfg)
     evaluate_tokens(policy, critic, ref_policy, tokens, mask, num_columns, cfg)
     size = min(cfg.microbatch_size, cfg.minibatch_size)
     with common.arithmetic(device, cfg.dtype):
@@ -998,7 +1001,7 @@ def main(cfg):
     device = common.pick_device(cfg.device)
     state = common.open_run(cfg, MAY_CHANGE)
     if state and state["iterations_done"] >= cfg.iterations:
-        raise UserError(f"the run has had its {cfg.iterations} iterations; raise --iterations")
+        common.finish(f"the run in {cfg.output} is finished; a higher --iterations goes on with it")
 
     # -- setup: data, models, optimizer
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
@@ -1058,8 +1061,9 @@ def main(cfg):
         num_columns = response_mask.shape[1]  # R
         clock.append(common.now(device))
 
-        # 2. SCORE       tokens -> scores (B,); a text that was cut loses the penalty
-        scores = score_responses(scorers, tokens, attention_mask, prompt_rows, responses, cfg)
+        # 2. SCORE       tokens -> parts (S, B), scores (B,); a text that was cut loses the penalty
+        parts = score_responses(scorers, tokens, attention_mask, prompt_rows, responses, cfg)
+        scores = parts.sum(0)
         final_scores = scores - cfg.missing_eos_penalty * (~ended).float()
 
         # 3. EVALUATE    tokens -> logprobs, ref_logprobs, values, entropy (B, R)
@@ -1121,7 +1125,7 @@ def main(cfg):
         # -- log, adapt beta, evaluate, save
         truths = call_reward(judge, prompt_rows, responses) if judge else None
         row = metrics_row(
-            iteration, cfg, schedule, kl_coef, scores, truths, kl, entropy, ended, batch, steps,
+            iteration, cfg, schedule, kl_coef, parts, truths, kl, entropy, ended, batch, steps,
             grad_norms, clock,
         )
         history.append(row)

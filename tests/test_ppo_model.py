@@ -163,7 +163,7 @@ def test_scores_are_the_same_alone_in_a_batch_and_padded_on_either_side():
     alone = [(reward_model.score(reward_model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() - 0.25) / 2 for ids in texts]
     for side in ("left", "right"):
         tokens, mask = common.pad(texts, PAD, side)
-        scores = ppo.score_responses([reward_model], tokens, mask, None, None, cfg)
+        scores = ppo.score_responses([reward_model], tokens, mask, None, None, cfg)[0]
         assert torch.allclose(scores, torch.tensor(alone), rtol=0, atol=1e-4)
 
 

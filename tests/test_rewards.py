@@ -174,6 +174,8 @@ def test_several_rewards_are_summed_and_the_critic_starts_from_the_first_model(w
     for i, reward in enumerate(([world / "reward_model"], [f"{tmp_path / 'rule.py'}:short"], [f"{tmp_path / 'rule.py'}:short", world / "reward_model"])):
         status, out, err = run_stage(ppo, *ppo_flags(world, tmp_path / f"out{i}", "--reward", *reward))
         assert status == 0 and ("starts from the policy" in out) == (i == 1), err  # only the rule has no model
+        row = read_rows(tmp_path / f"out{i}" / "metrics.jsonl")[1]
+        assert len(row["score_parts"]) == len(reward) and sum(row["score_parts"]) == pytest.approx(row["score"], abs=1e-5)
         scores.append([row["score"] for row in read_rows(tmp_path / f"out{i}" / "samples.jsonl") if row["iteration"] == 0])
     alone, rule, both = map(torch.tensor, scores)
     assert torch.allclose(alone + rule, both, atol=1e-5) and rule.abs().max() > 0.01
@@ -264,7 +266,7 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(world, tmp_path, run_stag
     assert run_stage(ppo, *flags)[0] == 0
     for row in read_rows(tmp_path / "out" / "metrics.jsonl"):
         for key, value in row.items():
-            if key not in ("split", "iteration") and value is not None:
+            if key not in ("split", "iteration", "score_parts") and value is not None:
                 assert seen.pop((f"{row.get('split', 'train')}/{key}", row["iteration"])) == value
     assert not seen
     lines = (tmp_path / "out" / "tensorboard" / "events").read_text().splitlines()
