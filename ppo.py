@@ -963,6 +963,20 @@ def load_models(cfg, tokenizer, rows, device):
     return policy, ref_policy, critic, scorers
 
 
+def make_optimizer(cfg, policy, critic):
+    """(Adam over policy and critic, each with its own rate; a schedule that takes both to 0)."""
+    lr = common.by_size(cfg.lr, LR_BY_SIZE, policy)
+    sized = policy if cfg.critic == "shared" else critic
+    critic_lr = common.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
+    groups = [
+        {"params": list(policy.parameters()), "lr": lr},
+        {"params": list(critic.parameters()), "lr": critic_lr},
+    ]
+    optimizer = torch.optim.Adam(groups, eps=1e-5)  # eps: OpenAI's choice, see Huang et al. 2024
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
+    return optimizer, schedule
+
+
 def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
     """The worst case once before the first iteration, so that memory fails in the first minute.
 
@@ -1018,16 +1032,8 @@ def main(cfg):
         state["score_scales"] if state else {}, scorers, policy, ref_policy, all_rows[:256],
         tokenizer, cfg, device,
     )
-    lr = common.by_size(cfg.lr, LR_BY_SIZE, policy)
-    sized = policy if cfg.critic == "shared" else critic
-    critic_lr = common.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
-    groups = [
-        {"params": list(policy.parameters()), "lr": lr},
-        {"params": list(critic.parameters()), "lr": critic_lr},
-    ]
-    optimizer = torch.optim.Adam(groups, eps=1e-5)  # eps: OpenAI's choice, see Huang et al. 2024
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
-    print_report(cfg, models, (lr, critic_lr), tokenizer, rows, eval_rows)
+    optimizer, schedule = make_optimizer(cfg, policy, critic)
+    print_report(cfg, models, schedule.base_lrs, tokenizer, rows, eval_rows)
 
     if device.type == "cuda":
         rehearse(policy, critic, ref_policy, scorers, optimizer, all_rows, cfg, device)
