@@ -90,11 +90,11 @@ def explain_out_of_memory(error, memory_flags):
     """Which phase of which function, at which sizes, and the one flag to halve."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     named = [frame for frame in frames if frame.f_code.co_name in memory_flags]
-    cfgs = [frame.f_locals["cfg"] for frame in frames if frame.f_code.co_name == "main"]
-    if not named or not cfgs:
+    mains = [frame for frame in frames if frame.f_code.co_name == "main"]
+    if not mains or named[-1:] == mains and "progress" not in mains[0].f_locals:  # before the loop
         return "out of memory while loading; use a smaller model or a device with more"
     phase, flag = memory_flags[named[-1].f_code.co_name]
-    sizes = {name: getattr(cfgs[0], name) for name in SIZES}
+    sizes = {name: getattr(mains[0].f_locals["cfg"], name) for name in SIZES}
     sizes = ", ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
     return f"out of memory in {phase}, with {sizes}; halve {flag}, or try --gradient-checkpointing"
 

@@ -19,7 +19,8 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (2b)      A       = sum_t r_t - V(x), for each of its tokens; ratio and clip stay per token
 (6b)      L_value = mean (V(x) - sum_t r_t)^2, without the 1/2 of (6)
 
-Shapes    B prompts, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary.
+Shapes    B prompts, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary,
+          S scorers (the reward models and functions of --reward).
 Time      Column t of every (B, R) tensor is about response token y_t:
           logprobs[:, t] = log pi_old(y_t | x, y_<t);  values[:, t] = V(x, y_<t), before y_t is
           chosen: a baseline must not know the action.
@@ -51,8 +52,8 @@ Run       python ppo.py --policy ckpt/sft                                       
           python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
           python ppo.py --policy ckpt/sft --prompts mine.jsonl --reward mine.py:reward
           python ppo.py --policy ckpt/sft --reward ckpt/reward_model mine.py:length_penalty
-Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, args.json, metrics.jsonl,
-          samples.jsonl
+Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, trainer_state/ (for --resume),
+          args.json, metrics.jsonl, samples.jsonl
 """
 
 import copy

@@ -31,7 +31,8 @@ Run       python reward_model.py                                       from ckpt
 Data      {"prompt": ..., "chosen": ..., "rejected": ...}, strings or message lists, one row a line;
           without a prompt the others are whole dialogues, and what both begin with is the prompt
 Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one label) with
-          reward_mean and reward_std in its config, and metrics.jsonl
+          reward_mean and reward_std in its config, args.json and metrics.jsonl; until the run is
+          finished also trainer_state/ (for --resume)
 """
 
 import itertools

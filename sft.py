@@ -25,7 +25,8 @@ Sources   Ouyang et al. 2022 (InstructGPT); Huang et al. 2024, "The N+ Implement
 Run       python sft.py                                            a tiny model from scratch, data/
           python sft.py --model Qwen/Qwen2.5-0.5B --data mine.jsonl --epochs 1
 Data      {"prompt": str, "completion": str}, {"messages": [...]} or {"text": str}, one row a line
-Writes    ckpt/sft: the policy as a Hugging Face folder, and metrics.jsonl
+Writes    ckpt/sft: the policy as a Hugging Face folder, args.json and metrics.jsonl; until the run
+          is finished also trainer_state/ (for --resume)
 """
 
 import itertools

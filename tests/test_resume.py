@@ -348,6 +348,22 @@ def test_out_of_memory_names_the_phase_the_sizes_and_the_flag_to_halve(where, ph
     assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("where, words", [
+    ("load", "out of memory while loading; use a smaller model"), ("clip", "out of memory in the update, with --batch-size 8, "),
+])
+def test_out_of_memory_while_loading_is_not_blamed_on_the_update(where, words, stage, world, tmp_path, run_stage, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if where == "load":
+        monkeypatch.setattr(torch.nn.Module, "to", fail)
+    else:
+        monkeypatch.setattr(STAGES[stage], "clip_grad_norm_", fail)
+    status, _, err = run_stage(STAGES[stage], *flags_of(stage, world), "--output", tmp_path / "out")
+    assert status == 2 and err.strip().splitlines()[-1].startswith(f"{stage}.py: error: {words}"), err
+
+
 def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
     """One of many: tests/kill_and_resume.py does this at random moments for each stage."""
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
