@@ -30,7 +30,7 @@ import safetensors
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
 
 HERE = pathlib.Path(__file__).resolve().parent
 DATA = HERE / "data"  # the embedded world
@@ -62,9 +62,9 @@ def command_line(memory_flags=()):
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_out_of_memory(error):
                 raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
-            if "probability tensor" in str(error) or "device-side assert" in str(error):
-                raise UserError(explain_bad_sampling(error)) from error
             raise
+        except FloatingPointError as error:
+            raise UserError(explain_bad_sampling(error)) from error
     except UserError as error:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -100,7 +100,7 @@ def explain_out_of_memory(error, memory_flags):
 
 
 def explain_bad_sampling(error):
-    """What torch's sampler means when the logits hold an inf or nan, and when that was."""
+    """When the logits held an inf or nan."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     seen = [frame.f_locals.get("iteration") for frame in frames if frame.f_code.co_name == "main"]
     when = f"in iteration {seen[0]}" if seen and seen[0] else "before the first iteration"
@@ -725,6 +725,34 @@ def last_token_index(attention_mask):
     return attention_mask.long().cumsum(-1).argmax(-1)
 
 
+def sample_tokens(logits, temperature):
+    """One id per row of logits (B, V), drawn from softmax(logits / temperature): (B,) int64.
+
+    By inversion: the first id at which the summed probability exceeds a uniform number. The sum is
+    float64, since in float32 a large vocabulary's rare tokens would drown in its rounding.
+    torch.multinomial draws V random numbers a row, on a CPU half the time of a small model's step.
+
+    Raises:
+        FloatingPointError: the logits hold an inf or nan.
+    """
+    summed = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+    if not summed[:, -1].isfinite().all():
+        raise FloatingPointError("the logits are not finite")
+    uniform = torch.rand_like(summed[:, :1])  # in [0, 1)
+    return torch.searchsorted(summed / summed[:, -1:], uniform, right=True).squeeze(-1)
+
+
+class KeyValueCache(DynamicCache):
+    """transformers' cache, with keys in the dtype of the values.
+
+    Under autocast the rotary embedding leaves the keys in float32, though attention reads them in
+    bf16: kept as such, they are cast and moved anew for each token.
+    """
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+
 @torch.no_grad()
 def generate_responses(
     model, prompts, prompt_mask, response_length, temperature, to_the_full=False
@@ -732,20 +760,38 @@ def generate_responses(
     """Sample a response to each left-padded prompt: (B, P) -> (B, R) ids, R <= response_length.
 
     After an EOS a row holds pad. Temperature is the only setting, since top-k or top-p would sample
-    from another distribution than the one whose log-probabilities are computed. With
-    `to_the_full` no response ends early: that is for trying out what fits into memory.
+    from another distribution than the one whose log-probabilities are computed. With `to_the_full`
+    no response ends early: that is for trying out what fits into memory.
+
+    A loop of our own, where `model.generate` would do, because a row that has ended leaves the
+    batch: bench/rollout.py times both. A few wait for company, as leaving copies the cache.
     """
-    stored = model.generation_config
-    sampling = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
-        eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id,
-        min_new_tokens=response_length if to_the_full else None,
-    )
+    settings, device = model.generation_config, prompts.device
+    eos_ids = torch.tensor([] if to_the_full else settings.eos_token_id, device=device)
+    response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)
+    rows = torch.arange(len(prompts), device=device)  # which are in the batch, (b,)
+    is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
+    cache, inputs, mask = KeyValueCache(config=model.config), prompts, prompt_mask
     training = model.training
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
-    tokens = model.generate(prompts, attention_mask=prompt_mask, generation_config=sampling)
+    for t in range(response_length):
+        output = model(
+            input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True,
+            position_ids=position_ids(mask)[:, -inputs.shape[1] :], logits_to_keep=1,
+        )
+        tokens = sample_tokens(output.logits[:, -1], temperature)  # (b,)
+        response[rows[is_open], t] = tokens[is_open]
+        is_open = is_open & ~torch.isin(tokens, eos_ids)
+        num_open = is_open.sum()
+        if num_open == 0:
+            break
+        if num_open <= 0.75 * len(rows):
+            cache.batch_select_indices(is_open.nonzero().squeeze(1))
+            rows, tokens, mask, is_open = (x[is_open] for x in (rows, tokens, mask, is_open))
+        inputs = tokens[:, None]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     model.train(training)
-    return tokens[:, prompts.shape[1] :]
+    return response[:, : t + 1]
 
 
 # === Start-up report ==============================================================================

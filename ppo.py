@@ -74,6 +74,7 @@ from typing import Literal
 import safetensors.torch
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -397,6 +398,20 @@ def score_responses(scorers, tokens, attention_mask, rows, responses, cfg):
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
+def token_logprobs(logits, tokens, temperature, with_entropy):
+    """Log-probabilities of tokens (b, R) and entropies, from logits (b, R, V): (b, R) float32 each.
+
+    The sampler divided the logits by the temperature, so every log-probability does, the
+    reference's too: the policy that is optimised is the tempered one, and its KL starts at 0.
+    """
+    logits = logits.float() / temperature
+    normalizer = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, tokens[..., None]).squeeze(-1) - normalizer
+    if not with_entropy:
+        return logprobs, torch.zeros_like(logprobs)
+    return logprobs, normalizer - (logits.softmax(-1) * logits).sum(-1)
+
+
 def forward_responses(
     policy, critic, tokens, attention_mask, num_columns, temperature, with_entropy=False
 ):
@@ -412,28 +427,34 @@ def forward_responses(
 
         position   ...  P-2   P-1    P    P+1  ...  P+R-2   P+R-1
         holds      ...  x     x      y_0  y_1  ...  y_{R-2} y_{R-1}
-        predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}  (dropped)
+        predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}  (left out)
     """
     shared = isinstance(critic, torch.nn.Linear)
+    # The last token predicts nothing that counts: left out, what is left are the R positions.
+    inputs, attention_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
     output = policy(
-        input_ids=tokens, attention_mask=attention_mask, use_cache=False,
+        input_ids=inputs, attention_mask=attention_mask, use_cache=False,
         position_ids=common.position_ids(attention_mask),
-        logits_to_keep=num_columns + 1, output_hidden_states=shared,
+        logits_to_keep=num_columns, output_hidden_states=shared,
     )
-    # The sampler divided the logits by the temperature, so every log-probability does, the
-    # reference's too: the policy that is optimised is the tempered one, and its KL starts at 0.
-    logits = output.logits[:, :-1].float() / temperature  # (B, R, V)
-    normalizer = logits.logsumexp(-1)  # picked logit - logsumexp keeps no (B, R, V) log-softmax
-    logprobs = logits.gather(-1, tokens[:, -num_columns:, None]).squeeze(-1) - normalizer
-    values, entropy = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-    if with_entropy:
-        entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
+    # A few rows at a time; what backward needs of them is computed again there (checkpoint), so
+    # of tensors as wide as the vocabulary only the logits and their gradient are ever whole.
+    pieces = zip(output.logits.split(2), tokens[:, -num_columns:].split(2))
+    parts = [
+        checkpoint(
+            token_logprobs, *piece, temperature, with_entropy, use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for piece in pieces
+    ]
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts))
+    values = torch.zeros_like(logprobs)
     if shared:
-        hidden = output.hidden_states[-1][:, -num_columns - 1 : -1]  # (B, R, width)
+        hidden = output.hidden_states[-1][:, -num_columns:]  # (B, R, width)
         with torch.autocast(tokens.device.type, enabled=False):  # as the separate critic's head
             values = critic(hidden.float()).squeeze(-1)
     elif critic is not None:
-        values = common.token_scores(critic, tokens, attention_mask)[:, -num_columns - 1 : -1]
+        values = common.token_scores(critic, inputs, attention_mask)[:, -num_columns:]
     return logprobs, values, entropy
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import pathlib
 
 import pytest
@@ -230,3 +231,23 @@ def test_every_flag_in_help_is_read_by_the_code(module, capsys):
     for field in dataclasses.fields(module.Config):
         assert f"--{field.name.replace('_', '-')}" in text
         assert f"cfg.{field.name}" in code, f"nothing reads --{field.name}"
+
+
+def test_sampling_by_inversion_reaches_rare_tokens_and_no_impossible_one():
+    """A token of probability 3e-9 behind 2 ** 20 - 1 likely ones is drawn at its own share of the uniform."""
+    size = 2**20
+    logits = torch.zeros(1, size)
+    logits[0, 7], logits[0, -1] = -math.inf, math.log(size * 3e-9)
+    for uniform, expected in ((0.0, 0), (7.5 / (size - 2), 8), (1 - 2e-9, size - 1), (1 - 2**-53, size - 1), (1 - 5e-9, size - 2)):
+        fixed = lambda like: torch.full_like(like, uniform)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand_like", fixed)
+            assert common.sample_tokens(logits, 1.0).item() == expected
+
+
+def test_logits_that_are_not_finite_are_not_sampled_from():
+    for bad in (math.nan, math.inf):
+        logits = torch.zeros(3, 5)
+        logits[1, 2] = bad
+        with pytest.raises(FloatingPointError):
+            common.sample_tokens(logits, 1.0)

@@ -56,19 +56,18 @@ def a_rollout(policy, temperature=0.7):
     """Responses to left-padded prompts of 2 to 13 tokens, with the sampler's own log-probabilities."""
     torch.manual_seed(1)
     prompts, prompt_mask = common.pad([[5] * k + [6] for k in (1, 3, 7, 12)], PAD, "left")
-    logits, generate = [], policy.generate
+    logits, sample_tokens = [], common.sample_tokens
 
-    def recording(*arguments, **options):
-        output = generate(*arguments, output_logits=True, return_dict_in_generate=True, **options)
-        logits.append(torch.stack(output.logits, 1))
-        return output.sequences
+    def recording(step_logits, temperature):
+        logits.append(step_logits)
+        return sample_tokens(step_logits, temperature)
 
-    policy.generate = recording
-    response = common.generate_responses(policy, prompts, prompt_mask, 12, temperature)
-    policy.generate = generate
+    common.sample_tokens = recording
+    response = common.generate_responses(policy, prompts, prompt_mask, 12, temperature, to_the_full=True)
+    common.sample_tokens = sample_tokens
     response[0, 5:], response[1, 9:] = PAD, PAD  # as if an EOS had come there: both paddings occur
     response[0, 4], response[1, 8] = EOS, EOS
-    sampled = (logits[0] / temperature).log_softmax(-1).gather(-1, response[..., None]).squeeze(-1)
+    sampled = (torch.stack(logits, 1) / temperature).log_softmax(-1).gather(-1, response[..., None]).squeeze(-1)
     response_mask = ppo.mask_through_first_eos(response, [EOS])
     return torch.cat([prompts, response], 1), torch.cat([prompt_mask, response_mask], 1), response_mask, sampled
 
@@ -97,6 +96,23 @@ def worst_score_difference(family):
 @everywhere
 def test_the_samplers_logprobs_are_the_recomputed_ones(family):
     assert worst_logprob_difference(family) < 1e-4
+
+
+@everywhere
+def test_rows_that_end_leave_the_batch_and_disturb_none_that_stays(family, monkeypatch):
+    """In place of random tokens, the likeliest, 2nd, 3rd, ...: each row alone, from scratch, is the oracle."""
+    policy, left = make_lm(family), []
+    policy.generation_config.eos_token_id = list(range(policy.config.get_text_config().vocab_size))[6::4]
+    pick = lambda logits, t: logits.topk(10).indices[..., t]
+    monkeypatch.setattr(common, "sample_tokens", lambda logits, _: (left.append(len(logits)), pick(logits, len(left) - 1))[1])
+    rows = [[5] * (1 + i) + [7 + i] for i in range(12)]
+    response = common.generate_responses(policy, *common.pad(rows, PAD, "left"), 10, 1.0)
+    assert left[0] == 12 and left[-1] <= 0.75 * 12  # rows did leave
+    for ids, row in zip(rows, response.tolist()):
+        expected = []
+        while len(expected) < 10 and not (expected and expected[-1] in policy.generation_config.eos_token_id):
+            expected.append(pick(policy(torch.tensor([ids + expected])).logits[0, -1], len(expected)).item())
+        assert row == (expected + [PAD] * 10)[: response.shape[1]] and len(expected) <= response.shape[1]
 
 
 @everywhere
@@ -129,7 +145,7 @@ def test_a_shared_head_reads_the_hidden_state_that_the_lm_head_reads(family):
     tokens, attention_mask, mask, _ = a_rollout(policy)
     seen.clear()
     _, values, _ = ppo.forward_responses(policy, head, tokens, attention_mask, mask.shape[1], 1.0)
-    assert torch.allclose(values, head(seen[0][:, :-1]).squeeze(-1), atol=1e-6)
+    assert torch.allclose(values, head(seen[0]).squeeze(-1), atol=1e-6)
 
 
 @everywhere
