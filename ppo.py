@@ -364,16 +364,34 @@ class TextScorer:
         return (torch.cat(scores) - mean) / deviation
 
 
+def micro_batches(attention_mask, index, size):
+    """Parts of up to `size` rows of like length, each with the columns that it needs.
+
+    Yields:
+        rows: indices (b,), all of `index` in order of length.
+        columns: the slice of the P+R columns from the first attended one to the last.
+
+    What is left out is padding, which no result depends on. A part that has none left spares
+    attention its mask, and so gets its fastest kernel.
+    """
+    index = index.to(attention_mask.device)
+    by_length = attention_mask[index].sum(1).argsort(stable=True)
+    for rows in index[by_length].split(size):
+        attended = attention_mask[rows].any(0).nonzero()
+        yield rows, slice(int(attended[0]), int(attended[-1]) + 1)
+
+
 def score_tokens(reward_model, tokens, attention_mask, cfg):
     """Normalised scores (B,) float32, read at each row's last attended token."""
-    scores = []
-    size = cfg.microbatch_size
-    for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
+    scores = torch.zeros(len(tokens), device=tokens.device)
+    everything = torch.arange(len(tokens))
+    for rows, columns in micro_batches(attention_mask, everything, cfg.microbatch_size):
+        micro_tokens, micro_mask = tokens[rows, columns], attention_mask[rows, columns]  # (b, T)
         last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
         with common.arithmetic(tokens.device, cfg.dtype):
-            token_scores = common.token_scores(reward_model, micro_tokens, micro_mask)  # (b, P+R)
-        scores.append(token_scores.gather(1, last_index).squeeze(1))
-    return torch.cat(scores)
+            token_scores = common.token_scores(reward_model, micro_tokens, micro_mask)  # (b, T)
+        scores[rows] = token_scores.gather(1, last_index).squeeze(1)
+    return scores
 
 
 @torch.no_grad()
@@ -463,18 +481,19 @@ def evaluate_tokens(policy, critic, ref_policy, tokens, attention_mask, num_colu
     """logprobs, ref_logprobs, values, entropy of a whole rollout, each (B, R) float32.
 
     The old log-probabilities are computed here although the sampler had some: they must come from
-    the function that the update uses, or the first ratio is not 1. In float32 the batch's shape
-    makes no difference worth naming; in bf16, let --microbatch-size divide --minibatch-size.
+    the function that the update uses, or the first ratio is not 1. What is left of a difference is
+    rounding, which depends on the shapes that a row is computed in: see `approx_kl_first`.
     """
-    parts = []
-    size = cfg.microbatch_size
-    for micro_tokens, micro_mask in zip(tokens.split(size), attention_mask.split(size)):
-        inputs = micro_tokens, micro_mask, num_columns, cfg.temperature
+    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
+    everything, prompt_length = torch.arange(len(tokens)), tokens.shape[1] - num_columns
+    for rows, columns in micro_batches(attention_mask, everything, cfg.microbatch_size):
+        width = columns.stop - prompt_length
+        inputs = tokens[rows, columns], attention_mask[rows, columns], width, cfg.temperature
         with common.arithmetic(tokens.device, cfg.dtype):
             logprobs, values, entropy = forward_responses(policy, critic, *inputs, True)
             ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
-        parts.append((logprobs, ref_logprobs, values, entropy))
-    return [torch.cat(part) for part in zip(*parts)]
+        results[:, rows, :width] = torch.stack([logprobs, ref_logprobs, values, entropy])
+    return results.unbind()
 
 
 # === 4. Rewards: eqs. 1 and 8 =====================================================================
@@ -579,9 +598,15 @@ class Batch:
             dtype = torch.bool if "mask" in name else torch.int64 if wide else torch.float32
             assert x.shape == shape and x.dtype == dtype, (name, x.shape, x.dtype)
 
-    def rows(self, index):
-        """The Batch of some of the sequences."""
-        return Batch(**{name: x[index] for name, x in vars(self).items()})
+    def micro_batches(self, index, size):
+        """The rows of a minibatch as Batches of up to `size`, without what is padding in each."""
+        prompt_length = self.tokens.shape[1] - self.response_mask.shape[1]
+        for rows, columns in micro_batches(self.attention_mask, index, size):
+            of_response = slice(columns.stop - prompt_length)
+            wide = {"tokens": columns, "attention_mask": columns}
+            yield Batch(**{
+                name: x[rows, wide.get(name, of_response)] for name, x in vars(self).items()
+            })
 
 
 def minibatches(batch_size, minibatch_size, epochs):
@@ -1015,6 +1040,7 @@ def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
             policy, [longest] * cfg.batch_size, cfg, device, to_the_full=True
         )
     num_columns = response_mask.shape[1]
+    mask = torch.ones_like(mask)  # an EOS that came by chance shortens nothing
     models = [scorer for scorer in scorers if isinstance(scorer, torch.nn.Module)]
     if models:
         score_responses(models, tokens, mask, None, None, cfg)
@@ -1120,11 +1146,12 @@ def main(cfg):
             optimizer.zero_grad()
             num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
             steps.append(torch.zeros(len(STATISTICS), device=device))
-            for micro in map(batch.rows, index.split(cfg.microbatch_size)):  # gradients add up
+            for micro in batch.micro_batches(index, cfg.microbatch_size):  # gradients add up
                 with common.arithmetic(device, cfg.dtype):  # autocast
                     new_logprobs, new_values, new_entropy = forward_responses(
-                        policy, critic, micro.tokens, micro.attention_mask, num_columns,
-                        cfg.temperature, with_entropy=cfg.entropy_coef > 0,
+                        policy, critic, micro.tokens, micro.attention_mask,
+                        micro.response_mask.shape[1], cfg.temperature,
+                        with_entropy=cfg.entropy_coef > 0,
                     )  # (b, R) each
                 # Indexing by a mask leaves the N that count, (N,): from here no padding exists.
                 at, at_v = micro.response_mask, micro.value_mask

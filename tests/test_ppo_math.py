@@ -188,10 +188,26 @@ def test_batch_refuses_tensors_that_differ_from_its_table():
         tokens=torch.zeros(2, 5).long(), attention_mask=torch.ones(2, 5).bool(), response_mask=torch.ones(2, 3).bool(),
         value_mask=torch.ones(2, 3).bool(), **{name: torch.zeros(2, 3) for name in ("logprobs", "values", "advantages", "returns")},
     )
-    assert ppo.Batch(**good).rows(torch.tensor([1])).tokens.shape == (1, 5)
+    assert [micro.tokens.shape for micro in ppo.Batch(**good).micro_batches(torch.tensor([1, 0]), 1)] == [(1, 5), (1, 5)]
     for name, wrong in (("values", torch.zeros(2, 4)), ("returns", torch.zeros(2, 3).double()), ("tokens", torch.zeros(2, 5))):
         with pytest.raises(AssertionError, match=name):
             ppo.Batch(**(good | {name: wrong}))
+
+
+def test_micro_batches_hold_each_row_once_by_length_and_lose_no_token_that_counts():
+    torch.manual_seed(0)
+    num_prompt, num_response = torch.randint(1, 7, (20,)), torch.randint(1, 9, (20,))
+    column = torch.arange(14)  # P = 6, R = 8
+    attention_mask = (column >= 6 - num_prompt[:, None]) & (column < 6 + num_response[:, None])
+    index = torch.tensor([3, 17, 0, 5, 9, 11, 2])
+    parts = list(ppo.micro_batches(attention_mask, index, 3))
+    order = torch.cat([rows for rows, _ in parts])
+    assert [len(rows) for rows, _ in parts] == [3, 3, 1] and sorted(order.tolist()) == sorted(index.tolist())
+    lengths = (num_prompt + num_response)[order]
+    assert (lengths.diff() >= 0).all() and lengths[0] < lengths[-1]
+    for rows, columns in parts:
+        assert attention_mask[rows, columns].sum() == attention_mask[rows].sum()  # no token is lost
+        assert attention_mask[rows, columns][:, [0, -1]].any(0).all()  # and no column of padding is left outside
 
 
 def test_win_rate_counts_ties_half_and_prefers_the_judge():
