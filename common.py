@@ -31,6 +31,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
+from transformers import StaticCache
+from transformers.pytorch_utils import Conv1D
 
 HERE = pathlib.Path(__file__).resolve().parent
 DATA = HERE / "data"  # the embedded world
@@ -62,6 +64,8 @@ def command_line(memory_flags=()):
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_out_of_memory(error):
                 raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise UserError(f"--compile failed: {str(error).splitlines()[0]}") from error
             raise
         except FloatingPointError as error:
             raise UserError(explain_bad_sampling(error)) from error
@@ -246,8 +250,53 @@ def arithmetic(device, dtype):
     3e-6 that is far below half the spacing of bf16 numbers near 0.02, so in bf16 weights most
     updates would be rounded away.
     """
-    bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16(device, dtype))
+
+
+def is_bf16(device, dtype):
+    """Does --dtype mean bf16 on this device?"""
+    return dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+
+
+def round_matrices(model):
+    """Round the matrices of a frozen model to bf16, as autocast does at each use: half the memory.
+
+    Its outputs under autocast stay the same to the last bit. Embeddings, norms and the score head,
+    which autocast does not round, stay float32, and so does an lm_head tied to the embedding.
+    """
+    score = getattr(getattr(model, "score", None), "weight", None)
+    kept = {model.get_input_embeddings().weight, score}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept:
+            module.to(torch.bfloat16)
+
+
+def peak_memory(device):
+    """The most bytes held so far: on CUDA by tensors, else by the process; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def tensor_bytes(tensors):
+    """Bytes of memory behind some tensors, each counted once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+def kept_bytes(function, weights):
+    """Bytes that autograd keeps for the backward pass of what `function()` gives, weights aside."""
+    kept = []
+    keep = lambda tensor: kept.append(tensor) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _held = function()
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    return tensor_bytes(x for x in kept if x.untyped_storage().data_ptr() not in own)
 
 
 def now(device):
@@ -689,6 +738,15 @@ def check_context(model, length, flags):
         )
 
 
+def set_attention(model, name):
+    """Choose among transformers' implementations of attention."""
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--attention {name}, {type(model).__name__}: {reason}") from None
+
+
 def enable_gradient_checkpointing(model):
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -742,20 +800,28 @@ def sample_tokens(logits, temperature):
     return torch.searchsorted(summed / summed[:, -1:], uniform, right=True).squeeze(-1)
 
 
-class KeyValueCache(DynamicCache):
-    """transformers' cache, with keys in the dtype of the values.
+class KeysLikeValues:
+    """A cache of transformers' whose keys have the dtype of the values.
 
     Under autocast the rotary embedding leaves the keys in float32, though attention reads them in
-    bf16: kept as such, they are cast and moved anew for each token.
+    bf16: kept as such, they would be cast and moved anew for each token.
     """
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
+class GrowingCache(KeysLikeValues, DynamicCache):
+    """Holds the tokens so far; rows may leave it."""
+
+
+class FixedCache(KeysLikeValues, StaticCache):
+    """Has room for all tokens from the start, so that each step has the same shapes."""
+
+
 @torch.no_grad()
 def generate_responses(
-    model, prompts, prompt_mask, response_length, temperature, to_the_full=False
+    model, prompts, prompt_mask, response_length, temperature, to_the_full=False, compiled=False
 ):
     """Sample a response to each left-padded prompt: (B, P) -> (B, R) ids, R <= response_length.
 
@@ -765,17 +831,31 @@ def generate_responses(
 
     A loop of our own, where `model.generate` would do, because a row that has ended leaves the
     batch: bench/rollout.py times both. A few wait for company, as leaving copies the cache.
+    If `compiled`, `model.generate` does it: on CUDA it captures a step of fixed shapes in a graph.
     """
     settings, device = model.generation_config, prompts.device
+    training = model.training
+    model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
+    if compiled:
+        sampling = GenerationConfig(
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+            max_new_tokens=response_length, min_new_tokens=response_length if to_the_full else None,
+            eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id,
+        )
+        length = -(-(prompts.shape[1] + response_length) // 128) * 128  # few lengths, few captures
+        tokens = model.generate(
+            prompts, attention_mask=prompt_mask, generation_config=sampling,
+            past_key_values=FixedCache(config=model.config, max_cache_len=length),
+        )
+        model.train(training)
+        return tokens[:, prompts.shape[1] :]
     eos_ids = torch.tensor([] if to_the_full else settings.eos_token_id, device=device)
     response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)
     rows = torch.arange(len(prompts), device=device)  # which are in the batch, (b,)
     is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
-    cache, inputs, mask = KeyValueCache(config=model.config), prompts, prompt_mask
-    training = model.training
-    model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
+    cache, inputs, mask = GrowingCache(config=model.config), prompts, prompt_mask
     for t in range(response_length):
-        output = model(
+        output = model.forward(  # model() is what --compile compiles, for other shapes than these
             input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True,
             position_ids=position_ids(mask)[:, -inputs.shape[1] :], logits_to_keep=1,
         )

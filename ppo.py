@@ -136,6 +136,8 @@ class Config:
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "of all models")
+    compile: bool = arg(False, "torch.compile the models; minutes to start, then faster")
     explain: bool = arg(False, "print a response token by token, at evaluations")
     tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
     trust_remote_code: bool = arg(False, "run code that comes with --policy or --reward")
@@ -154,6 +156,7 @@ MEMORY_FLAGS = {
     "sample_responses": ("sampling", "--batch-size"),
     "score_responses": ("scoring", "--microbatch-size"),
     "evaluate_tokens": ("the log-probabilities", "--microbatch-size"),
+    "print_memory": ("a trial of three rows", "--response-length"),
     "rehearse": ("a trial of the update", "--microbatch-size"),
 }
 
@@ -240,7 +243,8 @@ def sample_responses(policy, rows, cfg, device, to_the_full=False):
     prompts, prompt_mask = (x.to(device) for x in prompts)  # (B, P)
     with common.arithmetic(device, cfg.dtype):
         response = common.generate_responses(
-            policy, prompts, prompt_mask, cfg.response_length, cfg.temperature, to_the_full
+            policy, prompts, prompt_mask, cfg.response_length, cfg.temperature, to_the_full,
+            compiled=cfg.compile and device.type == "cuda",
         )  # (B, R), pad after an EOS; R is the longest response, at most --response-length
     response_mask = mask_through_first_eos(response, settings.eos_token_id)
     ended = torch.isin(response, torch.tensor(settings.eos_token_id, device=device)).any(1)
@@ -730,6 +734,7 @@ def metrics_row(
     unexplained = (error.var(correction=0) / returns.var(correction=0)).item()
     policy_norm, critic_norm = torch.tensor(grad_norms).mean(0).tolist()
     rollout, score, optimize = (end - begin for begin, end in zip(clock, clock[1:]))
+    peak = common.peak_memory(mask.device)
     return {
         "iteration": iteration,
         "episodes": iteration * cfg.batch_size,
@@ -759,6 +764,7 @@ def metrics_row(
         "seconds_score": score,  # the reward, and step 3's log-probabilities and values
         "seconds_update": optimize,
         "tokens_per_second": mask.sum().item() / (clock[-1] - clock[0]),  # of responses, all phases
+        "peak_memory_gb": peak and peak / 1e9,  # so far; tensors on CUDA, else the whole process
     }
 
 
@@ -1004,9 +1010,18 @@ def load_models(cfg, tokenizer, rows, device):
     for model in (policy, *(s for s in scorers if isinstance(s, torch.nn.Module))):
         common.check_context(model, longest, "--max-prompt-length or --response-length")
     critic = load_critic(cfg, scorers, policy, tokenizer).to(device)
-    if cfg.gradient_checkpointing:
-        for model in (policy, critic) if cfg.critic == "separate" else (policy,):
-            common.enable_gradient_checkpointing(model)
+    trained = (policy, critic) if cfg.critic == "separate" else (policy,)
+    frozen = [ref_policy, *(getattr(s, "classifier", s) for s in scorers)]
+    frozen = [model for model in frozen if isinstance(model, torch.nn.Module)]
+    for model in (*trained, *frozen):
+        if cfg.attention != "auto":  # what transformers takes for this model
+            common.set_attention(model, cfg.attention)
+        if cfg.compile:  # of a critic only the trunk is called
+            (model.base_model if hasattr(model, "score") else model).compile(dynamic=True)
+    for model in frozen if common.is_bf16(device, cfg.dtype) else ():
+        common.round_matrices(model)
+    for model in trained if cfg.gradient_checkpointing else ():
+        common.enable_gradient_checkpointing(model)
     return policy, ref_policy, critic, scorers
 
 
@@ -1019,9 +1034,47 @@ def make_optimizer(cfg, policy, critic):
         {"params": list(policy.parameters()), "lr": lr},
         {"params": list(critic.parameters()), "lr": critic_lr},
     ]
-    optimizer = torch.optim.Adam(groups, eps=1e-5)  # eps: OpenAI's choice, see Huang et al. 2024
+    # eps: OpenAI's choice, see Huang et al. 2024. fused: one pass over the weights, not a dozen.
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
     return optimizer, schedule
+
+
+def print_memory(policy, critic, ref_policy, scorers, rows, cfg, device):
+    """What the peak of an update will hold: counted, or measured on two rows and three.
+
+    What autograd keeps of a micro-batch grows by the same bytes with each row of full length. With
+    --gradient-checkpointing one layer more is whole for a moment, while it is computed again.
+    """
+    models = [policy, critic, ref_policy, *(getattr(s, "classifier", s) for s in scorers)]
+    models = [model for model in models if isinstance(model, torch.nn.Module)]
+    trained = [*policy.parameters(), *critic.parameters()]
+    width = max(len(row.prompt_ids) for row in rows) + cfg.response_length
+
+    def kept(num_rows):
+        tokens = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
+        with common.arithmetic(device, cfg.dtype):
+            return common.kept_bytes(lambda: forward_responses(
+                policy, critic, tokens, torch.ones_like(tokens).bool(), cfg.response_length,
+                cfg.temperature, with_entropy=cfg.entropy_coef > 0,
+            ), trained)
+
+    def activations():
+        two, three = kept(2), kept(3)
+        return two + (three - two) * (min(cfg.microbatch_size, cfg.minibatch_size) - 2)
+
+    parts = {
+        "weights": common.tensor_bytes(p for model in models for p in model.parameters()),
+        "gradients": common.tensor_bytes(trained), "Adam": 2 * common.tensor_bytes(trained),
+        "activations": activations(),
+    }
+    if cfg.gradient_checkpointing:
+        num_layers = policy.config.get_text_config().num_hidden_layers
+        policy.eval(), critic.eval()  # transformers checkpoints only in train mode
+        parts["a layer"] = activations() // ((2 if cfg.critic == "separate" else 1) * num_layers)
+        policy.train(), critic.train()
+    shown = " + ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
+    print(f"  memory in an update, GB: {shown} = {sum(parts.values()) / 1e9:.2g}")
 
 
 def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
@@ -1083,8 +1136,10 @@ def main(cfg):
     optimizer, schedule = make_optimizer(cfg, policy, critic)
     print_report(cfg, models, schedule.base_lrs, tokenizer, rows, eval_rows)
 
+    print_memory(policy, critic, ref_policy, scorers, all_rows, cfg, device)
     if device.type == "cuda":
         rehearse(policy, critic, ref_policy, scorers, optimizer, all_rows, cfg, device)
+        print(f"  measured in a trial of the longest batch: {common.peak_memory(device) / 1e9:.2f}")
 
     # -- the start: a held-out evaluation of the SFT policy, which later ones are compared with
     if state:

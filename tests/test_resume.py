@@ -24,7 +24,7 @@ import reward_model
 import sft
 
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
-TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second"}
+TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
 
 
 def flags_of(stage, world, *more):
@@ -337,12 +337,15 @@ def test_three_gradients_in_a_row_that_are_not_finite_end_the_run_two_do_not(sta
 
 @pytest.mark.parametrize("where, phase, flag", [
     ("generate_responses", "sampling", "--batch-size"), ("token_scores", "scoring", "--microbatch-size"),
+    ("kept_bytes", "a trial of three rows", "--response-length"),
 ])
 def test_out_of_memory_names_the_phase_the_sizes_and_the_flag_to_halve(where, phase, flag, world, tmp_path, run_stage, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(common, where, fail)
+    if where == "token_scores":
+        monkeypatch.setattr(ppo, "print_memory", lambda *arguments: None)
     result = run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out")
     refused(result, "ppo", f"out of memory in {phase}, with --batch-size 8, --microbatch-size 32, --max-prompt-length 512, --response-length 6; halve {flag}")
     assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
@@ -390,7 +393,7 @@ def test_the_rehearsal_runs_the_longest_batch_and_leaves_everything_as_it_was(wo
     optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1.0)
     before = [p.clone() for m in (policy, critic) for p in m.parameters()]
     random_state, shapes = torch.get_rng_state(), []
-    policy.register_forward_pre_hook(lambda module, arguments, options: shapes.append(options["input_ids"].shape), with_kwargs=True)
+    policy.model.register_forward_pre_hook(lambda module, arguments, options: shapes.append(options["input_ids"].shape), with_kwargs=True)
     ppo.rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, cpu)
     longest = max(len(row.prompt_ids) for row in rows)
     assert (6, longest) in shapes and shapes.count((3, longest + 8)) == 3  # sampled at 6; scored twice and trained once at 3
