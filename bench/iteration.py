@@ -85,12 +85,13 @@ def model_config(shape):
 
 def write_inputs(shape, folder):
     """policy/, reward_model/, prompts.jsonl and eval.jsonl of a shape, random and from seed 0."""
-    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    special = {f"{name}_token": f"<{name}>" for name in ("unk", "pad", "eos", "bos")}
     names = [*special.values(), *(f"t{id}" for id in range(4, shape.vocabulary))]
     vocabulary = {name: id for id, name in enumerate(names)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     policy = transformers.AutoModelForCausalLM.from_config(model_config(shape))
     config = model_config(shape)
@@ -126,8 +127,7 @@ def run_ppo(shape, folder, iterations, flags=(), root=HERE.parent):
         "import common, ppo\n"
         "ppo.save_checkpoint = lambda *args, **kwargs: None\n"
         "with common.command_line(ppo.MEMORY_FLAGS):\n"
-        "    ppo.main(common.parse_args(ppo.Config, ''))\n"
-        "import resource; print('MAXRSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "    ppo.main(common.parse_args(ppo.Config, ''))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True
@@ -135,19 +135,190 @@ def run_ppo(shape, folder, iterations, flags=(), root=HERE.parent):
     if run.returncode:
         sys.exit(run.stderr)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
-    rows = [row for row in rows if "split" not in row]
-    if not torch.cuda.is_available():
-        for row in rows:
-            row["peak_memory_gb"] = int(re.search(r"MAXRSS (\d+)", run.stdout)[1]) / 1e6
-    return rows
+    return [row for row in rows if "split" not in row]
+
+
+# === The floor ====================================================================================
+def matrix_flops(shape):
+    """FLOPs of an iteration's matrix products: {phase: FLOPs}, attention's (causal) included."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(model_config(shape))
+    trunk = sum(
+        module.weight.numel() for module in model.base_model.modules()
+        if getattr(module, "weight", None) is not None and module.weight.ndim == 2
+        and not isinstance(module, torch.nn.Embedding)
+    )
+    length, num_tokens = shape.prompt_length + shape.response_length, shape.response_length
+    attention = shape.layers * 2 * length**2 * shape.hidden  # QK and AV, half of each masked away
+    trunk_pass = shape.batch_size * (2 * trunk * length + attention)
+    head_pass = shape.batch_size * num_tokens * 2 * shape.hidden * shape.vocabulary
+    policy_pass = trunk_pass + head_pass
+    return {
+        "rollout": policy_pass,
+        "score": trunk_pass + 2 * policy_pass + trunk_pass,  # reward; policy, reference; critic
+        "update": shape.ppo_epochs * 3 * (policy_pass + trunk_pass),  # backward is two forwards
+    }, trunk
+
+
+def decoding_bytes(shape, trunk, bytes_per_number):
+    """Bytes that sampling must read: each step all matrices and the keys and values so far."""
+    per_token = 2 * shape.layers * shape.kv_heads * shape.hidden // shape.heads * bytes_per_number
+    matrices = (trunk + shape.hidden * shape.vocabulary) * bytes_per_number
+    mean_length = shape.prompt_length + shape.response_length / 2
+    return shape.response_length * (matrices + shape.batch_size * mean_length * per_token)
+
+
+def best_seconds(device, function, repeats=10):
+    """The shortest of some runs."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine_rates(device, dtype):
+    """(FLOP/s of a large matrix product, bytes/s of a large copy, read and written), the best."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    flops = 2 * size**3 / best_seconds(device, lambda: a @ b)
+    source = torch.ones(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return flops, 2 * source.numel() / best_seconds(device, lambda: target.copy_(source))
+
+
+# === Results ======================================================================================
+PHASES = ("rollout", "score", "update")
+
+
+def machine():
+    """What a result has to say besides its numbers."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or f"{processor()}, {torch.get_num_threads()} threads", "commit": commit,
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def processor():
+    """The processor's name, where Linux tells it."""
+    try:
+        names = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def spread(values):
+    """(median, lowest, highest)."""
+    return statistics.median(values), min(values), max(values)
+
+
+def total_seconds(row):
+    return sum(row[f"seconds_{phase}"] for phase in PHASES)
+
+
+def summarize(shape, rows, warm_up, dtype):
+    """Seconds by phase beside the floor, tokens per second and memory, of the rows that count."""
+    rows = rows[warm_up:]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flops, trunk = matrix_flops(shape)
+    flops_per_second, bytes_per_second = machine_rates(device, dtype)
+    floor = {phase: number / flops_per_second for phase, number in flops.items()}
+    floor["rollout"] += decoding_bytes(shape, trunk, dtype.itemsize) / bytes_per_second
+    floor["total"] = sum(floor.values())
+    seconds = {phase: spread([row[f"seconds_{phase}"] for row in rows]) for phase in PHASES}
+    seconds["total"] = spread([total_seconds(row) for row in rows])
+    return {
+        "shape": dataclasses.asdict(shape), "repeats": len(rows), "warm_up": warm_up,
+        "seconds": seconds, "floor_seconds": floor,
+        "floor_share": {phase: floor[phase] / seconds[phase][0] for phase in seconds},
+        "matrix_tflops_per_second": flops_per_second / 1e12, "matrix_dtype": str(dtype),
+        "copy_gb_per_second": bytes_per_second / 1e9,
+        "tokens_per_second": spread([row["tokens_per_second"] for row in rows]),
+        "response_length": statistics.mean(row["response_length"] for row in rows),
+        "peak_memory_gb": rows[-1]["peak_memory_gb"],
+    } | machine()
+
+
+def show(result):
+    """A result as a table."""
+    heads = ("median", "lowest", "highest", "floor", "share")
+    print(f"\n{'seconds':<10}" + "".join(f"{head:>9}" for head in heads))
+    for phase, (median, low, high) in result["seconds"].items():
+        floor, share = result["floor_seconds"][phase], result["floor_share"][phase]
+        print(f"{phase:<10}{median:>9.3f}{low:>9.3f}{high:>9.3f}{floor:>9.3f}{share:>9.2f}")
+    print(
+        f"{result['tokens_per_second'][0]:.0f} response tokens per second; peak memory "
+        f"{result['peak_memory_gb']:.2f} GB; {result['matrix_tflops_per_second']:.3f} TFLOP/s in "
+        f"{result['matrix_dtype'].removeprefix('torch.')}, copies at "
+        f"{result['copy_gb_per_second']:.0f} GB/s; {result['device']}"
+    )
+
+
+# === Command line =================================================================================
+def parser(description):
+    """--shape, the fields of Shape as flags, --output; what follows `--` is for ppo.py."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog="what follows -- goes to ppo.py, such as: -- --dtype bf16"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="cpu", help="where to start from")
+    for field in dataclasses.fields(Shape):
+        if field.type is not bool:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type)
+    parser.add_argument("--repeats", type=int, default=5, help="iterations that count")
+    parser.add_argument("--warm-up", type=int, default=2, help="iterations before them")
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the result")
+    return parser
+
+
+def parse(parser, argv):
+    """(arguments, shape, the flags for ppo.py)."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser.parse_args(argv[:end]), argv[end + 1 :]
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Shape)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "batch_size" in given:  # one optimizer step an epoch, unless told otherwise
+        given.setdefault("minibatch_size", given["batch_size"])
+    return args, dataclasses.replace(SHAPES[args.shape], **given), flags
+
+
+def matrix_dtype(flags):
+    """What ppo.py multiplies matrices in, with these flags."""
+    asked = dict(zip(flags, flags[1:])).get("--dtype", "auto")
+    is_bf16 = asked == "bf16" or asked == "auto" and torch.cuda.is_available()
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def save(result, path, argv):
+    """Write a result with the command that made it."""
+    script = pathlib.Path(sys.argv[0]).name
+    result = {"command": " ".join(["python", f"bench/{script}", *argv])} | result
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(argv):
+    args, shape, flags = parse(parser(__doc__.splitlines()[0]), argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_inputs(shape, folder)
+        rows = run_ppo(shape, folder, args.warm_up + args.repeats, flags)
+    result = summarize(shape, rows, args.warm_up, matrix_dtype(flags))
+    show(result)
+    save(result | {"flags": flags}, args.output, argv)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        shape = SHAPES["cpu"]
-        write_inputs(shape, folder)
-        root = sys.argv[1]
-        rows = run_ppo(shape, folder, 4, sys.argv[2:], root)
-        for row in rows:
-            print({k: round(row[k], 3) for k in row if "seconds" in k or "peak" in k}, round(sum(row[k] for k in row if "seconds" in k),2))
+    main(sys.argv[1:])
