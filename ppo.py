@@ -156,7 +156,7 @@ MEMORY_FLAGS = {
     "sample_responses": ("sampling", "--batch-size"),
     "score_responses": ("scoring", "--microbatch-size"),
     "evaluate_tokens": ("the log-probabilities", "--microbatch-size"),
-    "print_memory": ("a trial of three rows", "--response-length"),
+    "estimate_memory": ("a trial of three rows", "--response-length"),
     "rehearse": ("a trial of the update", "--microbatch-size"),
 }
 
@@ -1040,10 +1040,11 @@ def make_optimizer(cfg, policy, critic):
     return optimizer, schedule
 
 
-def print_memory(policy, critic, ref_policy, scorers, rows, cfg, device):
-    """What the peak of an update will hold: counted, or measured on two rows and three.
+def estimate_memory(policy, critic, ref_policy, scorers, rows, cfg, device):
+    """What the peak of an update will hold, in bytes: {part: bytes}.
 
-    What autograd keeps of a micro-batch grows by the same bytes with each row of full length. With
+    Weights, gradients and Adam's two moments are counted. What autograd keeps of a micro-batch is
+    measured on two rows of full length and on three, as each row adds the same. With
     --gradient-checkpointing one layer more is whole for a moment, while it is computed again.
     """
     models = [policy, critic, ref_policy, *(getattr(s, "classifier", s) for s in scorers)]
@@ -1053,11 +1054,12 @@ def print_memory(policy, critic, ref_policy, scorers, rows, cfg, device):
 
     def kept(num_rows):
         tokens = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
+        forward = lambda: forward_responses(
+            policy, critic, tokens, torch.ones_like(tokens).bool(), cfg.response_length,
+            cfg.temperature, with_entropy=cfg.entropy_coef > 0,
+        )
         with common.arithmetic(device, cfg.dtype):
-            return common.kept_bytes(lambda: forward_responses(
-                policy, critic, tokens, torch.ones_like(tokens).bool(), cfg.response_length,
-                cfg.temperature, with_entropy=cfg.entropy_coef > 0,
-            ), trained)
+            return common.kept_bytes(forward, trained)
 
     def activations():
         two, three = kept(2), kept(3)
@@ -1071,10 +1073,10 @@ def print_memory(policy, critic, ref_policy, scorers, rows, cfg, device):
     if cfg.gradient_checkpointing:
         num_layers = policy.config.get_text_config().num_hidden_layers
         policy.eval(), critic.eval()  # transformers checkpoints only in train mode
-        parts["a layer"] = activations() // ((2 if cfg.critic == "separate" else 1) * num_layers)
+        num_layers *= 2 if cfg.critic == "separate" else 1
+        parts["a layer"] = (activations() - parts["activations"]) // num_layers
         policy.train(), critic.train()
-    shown = " + ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
-    print(f"  memory in an update, GB: {shown} = {sum(parts.values()) / 1e9:.2g}")
+    return parts
 
 
 def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
@@ -1136,7 +1138,9 @@ def main(cfg):
     optimizer, schedule = make_optimizer(cfg, policy, critic)
     print_report(cfg, models, schedule.base_lrs, tokenizer, rows, eval_rows)
 
-    print_memory(policy, critic, ref_policy, scorers, all_rows, cfg, device)
+    memory = estimate_memory(policy, critic, ref_policy, scorers, all_rows, cfg, device)
+    parts = " + ".join(f"{part} {size / 1e9:.3g}" for part, size in memory.items())
+    print(f"  memory in an update, GB: {parts} = {sum(memory.values()) / 1e9:.3g}")
     if device.type == "cuda":
         rehearse(policy, critic, ref_policy, scorers, optimizer, all_rows, cfg, device)
         print(f"  measured in a trial of the longest batch: {common.peak_memory(device) / 1e9:.2f}")

@@ -138,6 +138,27 @@ def test_junk_under_the_padding_changes_no_bit_of_loss_and_gradient(family, crit
 
 
 @everywhere
+def test_rounding_a_frozen_models_matrices_changes_no_bit_under_autocast_and_halves_them(family):
+    tokens, attention_mask, mask, _ = a_rollout(make_lm(family))
+    policy, reward_model = make_lm(family), make_scalar(family)
+    before = sum(p.nbytes for p in policy.parameters())
+
+    def outputs():
+        with torch.no_grad(), common.arithmetic(tokens.device, "bf16"):
+            logprobs, _, entropy = ppo.forward_responses(policy, None, tokens, attention_mask, mask.shape[1], 0.7, True)
+            return logprobs, entropy, common.token_scores(reward_model, tokens, attention_mask)
+
+    plain = outputs()
+    for model in (policy, reward_model):
+        common.round_matrices(model)
+    assert all(torch.equal(a, b) for a, b in zip(plain, outputs(), strict=True))
+    matrices = [m.weight for m in policy.modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight is not policy.get_input_embeddings().weight]
+    assert matrices and all(weight.dtype == torch.bfloat16 for weight in matrices)
+    assert before - sum(p.nbytes for p in policy.parameters()) >= sum(weight.nbytes for weight in matrices)
+    assert policy.get_input_embeddings().weight.dtype == reward_model.score.weight.dtype == torch.float32
+
+
+@everywhere
 def test_a_shared_head_reads_the_hidden_state_that_the_lm_head_reads(family):
     policy, head = make_lm(family), torch.nn.Linear(make_lm(family).get_output_embeddings().in_features, 1)
     seen = []

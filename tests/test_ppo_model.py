@@ -1,6 +1,8 @@
 """Invariants of ppo.py with real (tiny, random) models: log-probabilities, masks, the update."""
 
+import importlib.util
 import itertools
+import re
 
 import pytest
 import torch
@@ -75,21 +77,110 @@ def test_values_read_the_prefix_before_their_token_and_nothing_after(critic_kind
         assert abs(values[row, t].item() - alone) < 1e-5
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_sampled_tokens_follow_the_distribution_that_is_scored(temperature):
+def test_sampled_tokens_follow_the_distribution_that_is_scored(temperature, compiled):
     """Each of the 5 first tokens' counts in 4,000 samples lies within 5 sigma (false alarm < 1e-5)."""
     policy, number = tiny_lm(vocab_size=5), 4000
     prompt, mask = left_padded([[3, 4], [4]])
     for row in range(2):
         torch.manual_seed(row)
         prompts, prompt_mask = (x[row : row + 1].expand(number, -1) for x in (prompt, mask))
-        first = common.generate_responses(policy, prompts, prompt_mask, 1, temperature)[:, 0]
+        first = common.generate_responses(policy, prompts, prompt_mask, 1, temperature, compiled=compiled)[:, 0]
         candidates = torch.cat([prompt[row].expand(5, -1), torch.arange(5)[:, None]], 1)
         everything = torch.cat([mask[row].expand(5, -1), torch.ones(5, 1).bool()], 1)
         p = ppo.forward_responses(policy, None, candidates, everything, 1, temperature)[0][:, 0].exp()
         assert abs(p.sum().item() - 1) < 1e-5
         sigma = (number * p * (1 - p)).sqrt()
         assert ((torch.bincount(first, minlength=5) - number * p).abs() < 5 * sigma + 1).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_whole_sampled_responses_follow_the_distribution_that_is_scored(compiled):
+    """Counts of all responses of up to 3 tokens over a vocabulary of 4, some of which end, within 5 sigma of 8,000."""
+    policy, number = tiny_lm(vocab_size=4), 8000
+    torch.manual_seed(0)
+    prompts, prompt_mask = (x.expand(number, -1) for x in left_padded([[3, 2]]))
+    sampled = common.generate_responses(policy, prompts, prompt_mask, 3, 1.0, compiled=compiled)
+    counts = {}
+    for row in sampled.tolist():
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    responses = torch.tensor([y for y in itertools.product(range(4), repeat=3)])
+    mask = ppo.mask_through_first_eos(responses, [EOS])
+    responses = responses[((responses == PAD) | mask).all(1)]
+    mask = ppo.mask_through_first_eos(responses, [EOS])
+    tokens = torch.cat([torch.tensor([[3, 2]]).expand(len(responses), -1), responses], 1)
+    attention = torch.cat([torch.ones(len(responses), 2).bool(), mask], 1)
+    logprobs = ppo.forward_responses(policy, None, tokens, attention, 3, 1.0)[0]
+    p = torch.where(mask, logprobs, 0.0).sum(1).exp().double()
+    seen = torch.tensor([counts.pop(tuple(row), 0) for row in responses.tolist()])
+    assert not counts and abs(p.sum().item() - 1) < 1e-5
+    assert ((seen - number * p).abs() < 5 * (number * p * (1 - p)).sqrt() + 1).all()
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_log_probabilities_in_pieces_have_the_gradients_of_whole_ones_and_keep_only_the_logits(with_entropy):
+    """The oracle is torch's log_softmax over the whole; the vocabulary is the widest thing by far."""
+    gradients, num_columns = [], 7
+    for whole in (True, False):
+        policy = tiny_lm(vocab_size=3000)
+        tokens, attention_mask, response_mask = a_rollout(policy, 6, num_columns)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            if whole:
+                logits = policy(input_ids=tokens, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask)).logits
+                distribution = (logits[:, -num_columns - 1 : -1] / 0.7).log_softmax(-1)
+                logprobs = distribution.gather(-1, tokens[:, -num_columns:, None]).squeeze(-1)
+                entropy = -(distribution.exp() * distribution).sum(-1) if with_entropy else torch.zeros_like(logprobs)
+            else:
+                logprobs, _, entropy = ppo.forward_responses(policy, None, tokens, attention_mask, num_columns, 0.7, with_entropy)
+        (logprobs * torch.linspace(-1, 1, num_columns) + entropy)[response_mask].sum().backward()
+        gradients.append([p.grad for p in policy.parameters()])
+        logits_bytes = 6 * num_columns * 3000 * 4
+        wide = common.tensor_bytes(x for x in kept if x.shape[-1:] == (3000,) and x.ndim == 3)
+        assert whole or wide == logits_bytes
+    assert all((a - b).abs().max() < 1e-5 * a.abs().max() for a, b in zip(*gradients, strict=True))
+
+
+def measured_peak(function):
+    """Bytes allocated at the most while a function runs, above what was held before; by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(held)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("critic_kind", ["separate", "shared"])
+def test_the_estimate_of_activations_is_within_15_percent_of_the_measured_peak(dtype, checkpointing, critic_kind):
+    cfg = ppo.Config(critic=critic_kind, dtype=dtype, gradient_checkpointing=checkpointing, response_length=40, microbatch_size=24)
+    policy = tiny_lm(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=6, max_position_embeddings=64)
+    critic = tiny_scalar(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=6, max_position_embeddings=64)
+    critic = critic if critic_kind == "separate" else torch.nn.Linear(64, 1)
+    cpu, row = torch.device("cpu"), common.Row(prompt="x")
+    row.prompt_ids = [5] * 20
+    for model in (policy, critic) if checkpointing else ():
+        if critic_kind == "separate" or model is policy:
+            common.enable_gradient_checkpointing(model)
+    ref_policy = tiny_lm(1, vocab_size=500)
+    parts = ppo.estimate_memory(policy, critic, ref_policy, [], [row], cfg, cpu)
+    trained = [*policy.parameters(), *critic.parameters()]
+    numbers = sum(p.numel() for p in trained)
+    assert parts["gradients"] == 4 * numbers and parts["Adam"] == 8 * numbers
+    assert parts["weights"] == 4 * (numbers + sum(p.numel() for p in ref_policy.parameters()))
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.full((24, 60), 5)
+
+    def update():
+        with common.arithmetic(cpu, dtype):
+            outputs = ppo.forward_responses(policy, critic, tokens, torch.ones_like(tokens).bool(), 40, 1.0)
+        sum(output.sum() for output in outputs).backward()
+
+    estimate = parts["activations"] + parts.get("a layer", 0)
+    assert estimate == pytest.approx(measured_peak(update), rel=0.15)
 
 
 def test_kl_and_k3_have_the_exact_kl_as_their_mean_over_all_responses():
@@ -336,3 +427,39 @@ def test_ratio_1_and_kl_0_hold_on_cuda_in_bf16(world, tmp_path, run_stage, criti
     assert run_stage(ppo, *flags(world, tmp_path / "out", *more))[0] == 0
     rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
     assert abs(rows[0]["kl"]) < 1e-5 and all(abs(row["ratio_first"] - 1) < 1e-6 for row in rows)
+
+
+def test_compiled_models_train_to_the_same_figures(world, tmp_path, run_stage, monkeypatch):
+    """Traced by dynamo and autograd as in a real --compile, with torch's plain kernels in place of generated ones."""
+    compile_module, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: (compiled.append((type(model).__name__, options)), compile_module(model, backend="aot_eager", **options)))
+    runs = []
+    for more in ([], ["--compile"]):
+        output = tmp_path / f"out{len(more)}"
+        assert run_stage(ppo, *flags(world, output, "--microbatch-size", "4", "--lr", "0.01", *more))[0] == 0
+        runs.append([row for row in read_rows(output / "metrics.jsonl") if "split" not in row])
+    assert sorted(compiled) == [("LlamaForCausalLM", {"dynamic": True})] * 2 + [("LlamaModel", {"dynamic": True})] * 2
+    for plain, traced in zip(*runs, strict=True):
+        assert all(traced[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-4) for key in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "ratio_first"))
+
+
+def test_attention_is_chosen_for_every_model_and_one_that_is_not_installed_is_refused(world, tmp_path, run_stage, monkeypatch):
+    seen, choose = [], common.set_attention
+    monkeypatch.setattr(common, "set_attention", lambda model, name: (seen.append((type(model).__name__, name)), choose(model, name)))
+    assert run_stage(ppo, *flags(world, tmp_path / "out", "--attention", "eager"))[0] == 0
+    assert sorted(seen) == [("LlamaForCausalLM", "eager")] * 2 + [("LlamaForSequenceClassification", "eager")] * 2
+    if not importlib.util.find_spec("flash_attn"):
+        status, _, err = run_stage(ppo, *flags(world, tmp_path / "none", "--attention", "flash_attention_2"))
+        assert status == 2 and "--attention flash_attention_2, LlamaForCausalLM: FlashAttention2" in err and not (tmp_path / "none").exists()
+
+
+def test_the_shared_critic_spares_the_second_trained_model(world, tmp_path, run_stage):
+    memory = {}
+    for critic in ("separate", "shared"):
+        status, out, _ = run_stage(ppo, *flags(world, tmp_path / critic, "--critic", critic, "--response-length", "24"))
+        line = next(line for line in out.splitlines() if "memory in an update, GB:" in line)
+        memory[critic] = {part: float(size) for part, size in re.findall(r"(\w+) ([\d.e-]+)", line.split(":")[1])}
+        assert status == 0 and set(memory[critic]) == {"weights", "gradients", "Adam", "activations"}
+    separate, shared = memory["separate"], memory["shared"]
+    assert shared["gradients"] <= 0.6 * separate["gradients"] and shared["Adam"] == pytest.approx(2 * shared["gradients"], rel=0.1)
+    assert shared["weights"] < 0.8 * separate["weights"] and shared["activations"] < 0.8 * separate["activations"]

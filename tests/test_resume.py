@@ -345,7 +345,7 @@ def test_out_of_memory_names_the_phase_the_sizes_and_the_flag_to_halve(where, ph
 
     monkeypatch.setattr(common, where, fail)
     if where == "token_scores":
-        monkeypatch.setattr(ppo, "print_memory", lambda *arguments: None)
+        monkeypatch.setattr(ppo, "estimate_memory", lambda *arguments: {})
     result = run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out")
     refused(result, "ppo", f"out of memory in {phase}, with --batch-size 8, --microbatch-size 32, --max-prompt-length 512, --response-length 6; halve {flag}")
     assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
