@@ -234,8 +234,8 @@ def pick_device(name):
     """The torch.device of --device; 'auto' is the first CUDA GPU, or else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not known; use auto, cpu, cuda, cuda:1 or mps")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not known; use auto, cpu, cuda or cuda:1")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -246,8 +246,8 @@ def pick_device(name):
 def arithmetic(device, dtype):
     """The autocast context of --dtype: matrix products in bf16, or in float32.
 
-    The weights are float32 either way. An Adam step moves a weight by about the learning rate; at
-    3e-6 that is far below half the spacing of bf16 numbers near 0.02, so in bf16 weights most
+    Trained weights are float32 either way. An Adam step moves a weight by about the learning rate;
+    at 3e-6 that is far below half the spacing of bf16 numbers near 0.02, so in bf16 weights most
     updates would be rounded away.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16(device, dtype))
@@ -261,8 +261,9 @@ def is_bf16(device, dtype):
 def round_matrices(model):
     """Round the matrices of a frozen model to bf16, as autocast does at each use: half the memory.
 
-    Its outputs under autocast stay the same to the last bit. Embeddings, norms and the score head,
-    which autocast does not round, stay float32, and so does an lm_head tied to the embedding.
+    Its outputs under autocast stay the same to the last bit. Embeddings and norms, which autocast
+    does not round, stay float32, and so do an lm_head tied to the embedding, and the score head,
+    which `token_scores` uses outside autocast.
     """
     score = getattr(getattr(model, "score", None), "weight", None)
     kept = {model.get_input_embeddings().weight, score}
@@ -292,8 +293,8 @@ def tensor_bytes(tensors):
 def kept_bytes(function, weights):
     """Bytes that autograd keeps for the backward pass of what `function()` gives, weights aside."""
     kept = []
-    keep = lambda tensor: kept.append(tensor) or tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    keep = lambda tensor: kept.append(tensor.detach())  # itself it would hold its graph for ever
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         _held = function()
     own = {weight.untyped_storage().data_ptr() for weight in weights}
     return tensor_bytes(x for x in kept if x.untyped_storage().data_ptr() not in own)
@@ -791,7 +792,7 @@ def sample_tokens(logits, temperature):
     torch.multinomial draws V random numbers a row, on a CPU half the time of a small model's step.
 
     Raises:
-        FloatingPointError: the logits hold an inf or nan.
+        FloatingPointError: a row of logits has no softmax: it holds an inf or a nan.
     """
     summed = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
     if not summed[:, -1].isfinite().all():
@@ -831,6 +832,7 @@ def generate_responses(
 
     A loop of our own, where `model.generate` would do, because a row that has ended leaves the
     batch: bench/rollout.py times both. A few wait for company, as leaving copies the cache.
+    Under autocast all steps use one bf16 copy of the matrices, which lives as long as its context.
     If `compiled`, `model.generate` does it: on CUDA it captures a step of fixed shapes in a graph.
     """
     settings, device = model.generation_config, prompts.device
@@ -860,9 +862,10 @@ def generate_responses(
             position_ids=position_ids(mask)[:, -inputs.shape[1] :], logits_to_keep=1,
         )
         tokens = sample_tokens(output.logits[:, -1], temperature)  # (b,)
-        response[rows[is_open], t] = tokens[is_open]
+        tokens = torch.where(is_open, tokens, settings.pad_token_id)
+        response[rows, t] = tokens
         is_open = is_open & ~torch.isin(tokens, eos_ids)
-        num_open = is_open.sum()
+        num_open = int(is_open.sum())
         if num_open == 0:
             break
         if num_open <= 0.75 * len(rows):
@@ -904,7 +907,7 @@ LOGS = ("args.json", "metrics.jsonl", "samples.jsonl")
 # in bf16 another micro-batch; another device also has other random numbers.
 MAY_CHANGE = (
     "microbatch_size", "save_every", "tensorboard", "device", "gradient_checkpointing",
-    "trust_remote_code",
+    "trust_remote_code", "attention", "compile",
 )
 _locks = []
 

@@ -20,7 +20,8 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (6b)      L_value = mean (V(x) - sum_t r_t)^2, without the 1/2 of (6)
 
 Shapes    B prompts, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary,
-          S scorers (the reward models and functions of --reward).
+          S scorers (the reward models and functions of --reward). In a micro-batch: b rows, T
+          columns, r of them of responses, and N tokens that count.
 Time      Column t of every (B, R) tensor is about response token y_t:
           logprobs[:, t] = log pi_old(y_t | x, y_<t);  values[:, t] = V(x, y_<t), before y_t is
           chosen: a baseline must not know the action.
@@ -118,7 +119,7 @@ class Config:
 
     ppo_epochs: int = arg(4, "passes over each rollout, each in a new order; 1 to 4", "update")
     minibatch_size: int = arg(32, "sequences per optimizer step")
-    microbatch_size: int = arg(32, "sequences per scoring and update pass; memory only")
+    microbatch_size: int = arg(32, "sequences per scoring or update pass; memory and speed")
     clip_eps: float = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3")
     value_clip_eps: float = arg(0.2, "eps_v of eq. 6, in units of reward; 0.2 for deviation 1")
     value_coef: float = arg(0.1, "c1 of eq. 7; Adam all but undoes it for a separate critic")
@@ -255,7 +256,7 @@ def sample_responses(policy, rows, cfg, device, to_the_full=False):
 def decode_responses(tokens, response_mask, tokenizer):
     """The texts of the responses, without special tokens."""
     response = tokens[:, -response_mask.shape[1] :]
-    counted = [ids[mask] for ids, mask in zip(response, response_mask)]
+    counted = [ids[mask] for ids, mask in zip(response.cpu(), response_mask.cpu())]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in counted]
 
 
@@ -368,28 +369,29 @@ class TextScorer:
         return (torch.cat(scores) - mean) / deviation
 
 
-def micro_batches(attention_mask, index, size):
-    """Parts of up to `size` rows of like length, each with the columns that it needs.
+def parts_by_length(attention_mask, index, size):
+    """Parts of up to `size` rows, each with the columns that it needs.
 
     Yields:
-        rows: indices (b,), all of `index` in order of length.
+        rows: indices (b,), all of `index` in order of length, prompt and response together.
         columns: the slice of the P+R columns from the first attended one to the last.
 
-    What is left out is padding, which no result depends on. A part that has none left spares
-    attention its mask, and so gets its fastest kernel.
+    What is left out is padding, which no result depends on; what stays is the longest prompt of the
+    part beside its longest response. A part without padding spares attention its mask (not under
+    --compile), and so gets the fastest kernel.
     """
     index = index.to(attention_mask.device)
     by_length = attention_mask[index].sum(1).argsort(stable=True)
     for rows in index[by_length].split(size):
-        attended = attention_mask[rows].any(0).nonzero()
-        yield rows, slice(int(attended[0]), int(attended[-1]) + 1)
+        first, last = attention_mask[rows].any(0).nonzero()[[0, -1], 0].tolist()
+        yield rows, slice(first, last + 1)
 
 
 def score_tokens(reward_model, tokens, attention_mask, cfg):
     """Normalised scores (B,) float32, read at each row's last attended token."""
     scores = torch.zeros(len(tokens), device=tokens.device)
     everything = torch.arange(len(tokens))
-    for rows, columns in micro_batches(attention_mask, everything, cfg.microbatch_size):
+    for rows, columns in parts_by_length(attention_mask, everything, cfg.microbatch_size):
         micro_tokens, micro_mask = tokens[rows, columns], attention_mask[rows, columns]  # (b, T)
         last_index = common.last_token_index(micro_mask)[:, None]  # (b, 1)
         with common.arithmetic(tokens.device, cfg.dtype):
@@ -441,7 +443,7 @@ def forward_responses(
 
     Returns:
         logprobs, values, entropy, each (B, R) float32 with R = num_columns. Without a critic the
-        values are 0, and so is the entropy unless asked for: it takes a (B, R, V) softmax.
+        values are 0, and so is the entropy unless asked for: it takes a softmax more.
 
     A causal model's output at position i is its distribution over token i + 1. So what belongs to
     the R response tokens is read one position earlier, from the last prompt token on. Models are
@@ -459,8 +461,8 @@ def forward_responses(
         position_ids=common.position_ids(attention_mask),
         logits_to_keep=num_columns, output_hidden_states=shared,
     )
-    # A few rows at a time; what backward needs of them is computed again there (checkpoint), so
-    # of tensors as wide as the vocabulary only the logits and their gradient are ever whole.
+    # Two rows at a time, and what backward needs of them is computed again there (checkpoint): of
+    # tensors as wide as the vocabulary only the logits and their gradient are ever whole.
     pieces = zip(output.logits.split(2), tokens[:, -num_columns:].split(2))
     parts = [
         checkpoint(
@@ -486,15 +488,18 @@ def evaluate_tokens(policy, critic, ref_policy, tokens, attention_mask, num_colu
 
     The old log-probabilities are computed here although the sampler had some: they must come from
     the function that the update uses, or the first ratio is not 1. What is left of a difference is
-    rounding, which depends on the shapes that a row is computed in: see `approx_kl_first`.
+    rounding, which may depend on the shapes that a row is computed in: see `approx_kl_first`. In an
+    evaluation there is no critic, and no entropy.
     """
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything, prompt_length = torch.arange(len(tokens)), tokens.shape[1] - num_columns
-    for rows, columns in micro_batches(attention_mask, everything, cfg.microbatch_size):
+    for rows, columns in parts_by_length(attention_mask, everything, cfg.microbatch_size):
         width = columns.stop - prompt_length
         inputs = tokens[rows, columns], attention_mask[rows, columns], width, cfg.temperature
         with common.arithmetic(tokens.device, cfg.dtype):
-            logprobs, values, entropy = forward_responses(policy, critic, *inputs, True)
+            logprobs, values, entropy = forward_responses(
+                policy, critic, *inputs, with_entropy=critic is not None
+            )
             ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
         results[:, rows, :width] = torch.stack([logprobs, ref_logprobs, values, entropy])
     return results.unbind()
@@ -605,7 +610,7 @@ class Batch:
     def micro_batches(self, index, size):
         """The rows of a minibatch as Batches of up to `size`, without what is padding in each."""
         prompt_length = self.tokens.shape[1] - self.response_mask.shape[1]
-        for rows, columns in micro_batches(self.attention_mask, index, size):
+        for rows, columns in parts_by_length(self.attention_mask, index, size):
             of_response = slice(columns.stop - prompt_length)
             wide = {"tokens": columns, "attention_mask": columns}
             yield Batch(**{
@@ -635,9 +640,9 @@ def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
 def value_loss(new_values, values, returns, value_clip_eps):
     """Loss of each value, eq. 6: the worse of the plain and the clipped error. None: eq. 6b.
 
-    Where V has moved more than eps_v towards the target and not past it, the clipped error is the
-    larger and the gradient 0; moving away from the target is never clipped. It mirrors eq. 5: no
-    update trusts one rollout too far.
+    Where V has moved more than eps_v and is nearer to the target than V_old +- eps_v is, the
+    clipped error is the larger and the gradient 0; moving away from the target is never clipped. It
+    mirrors eq. 5: no update trusts one rollout too far.
     """
     if value_clip_eps is None:
         return (new_values - returns) ** 2  # eq. 6b
@@ -776,7 +781,7 @@ def health_warnings(history):
     rules = (  # name, is it seen, symptom, usual causes
         ("ratio", row["approx_kl_first"] > 1e-3 or abs(row["ratio_first"] - 1) > 1e-2,
          f"the first ratios are not 1 (approx_kl {row['approx_kl_first']:.2g})",
-         "dropout on; in bf16, a --microbatch-size that does not divide --minibatch-size"),
+         "dropout on; rounding: is it gone with --dtype float32?"),
         ("eos", row["eos_rate"] < 0.5, f"only {row['eos_rate']:.0%} of the responses end",
          "--response-length too short; SFT without EOS; another EOS id"),
         ("length", row["response_length"] < 5, f"{row['response_length']:.1f} tokens per response",
@@ -950,6 +955,12 @@ def load_scorer(spec, cfg, policy, tokenizer, device):
     return TextScorer(classifier, own, cfg, device)
 
 
+def reward_models(scorers):
+    """The models among the scorers, those that read texts included."""
+    models = [getattr(scorer, "classifier", scorer) for scorer in scorers]
+    return [model for model in models if isinstance(model, torch.nn.Module)]
+
+
 def set_score_scales(known, scorers, policy, ref_policy, rows, tokenizer, cfg, device):
     """Give reward models from elsewhere the scale that reward_model.py would have given them.
 
@@ -998,8 +1009,9 @@ def load_critic(cfg, scorers, policy, tokenizer):
 def load_models(cfg, tokenizer, rows, device):
     """policy, ref_policy, critic and the list of scorers, on the device.
 
-    Weights are float32, since an Adam step of 3e-6 is lost in bf16 weights, and dropout is off in
-    every model, since two passes with two dropout masks are two policies: the ratio would not be 1.
+    Trained weights are float32, since an Adam step of 3e-6 is lost in bf16 weights, and dropout is
+    off everywhere, since two passes with two dropout masks are two policies: the ratio would not be
+    1.
     """
     made_by, trust = "python sft.py", cfg.trust_remote_code
     policy = common.load_causal_lm(cfg.policy, tokenizer, made_by, trust).to(device)
@@ -1011,15 +1023,14 @@ def load_models(cfg, tokenizer, rows, device):
         common.check_context(model, longest, "--max-prompt-length or --response-length")
     critic = load_critic(cfg, scorers, policy, tokenizer).to(device)
     trained = (policy, critic) if cfg.critic == "separate" else (policy,)
-    frozen = [ref_policy, *(getattr(s, "classifier", s) for s in scorers)]
-    frozen = [model for model in frozen if isinstance(model, torch.nn.Module)]
+    frozen = (ref_policy, *reward_models(scorers))
     for model in (*trained, *frozen):
         if cfg.attention != "auto":  # what transformers takes for this model
             common.set_attention(model, cfg.attention)
         if cfg.compile:  # of a critic only the trunk is called
             (model.base_model if hasattr(model, "score") else model).compile(dynamic=True)
     for model in frozen if common.is_bf16(device, cfg.dtype) else ():
-        common.round_matrices(model)
+        common.round_matrices(model)  # the critic was copied before
     for model in trained if cfg.gradient_checkpointing else ():
         common.enable_gradient_checkpointing(model)
     return policy, ref_policy, critic, scorers
@@ -1041,42 +1052,51 @@ def make_optimizer(cfg, policy, critic):
 
 
 def estimate_memory(policy, critic, ref_policy, scorers, rows, cfg, device):
-    """What the peak of an update will hold, in bytes: {part: bytes}.
+    """What an update will hold where it holds most, in its backward pass: {part: bytes}.
 
     Weights, gradients and Adam's two moments are counted. What autograd keeps of a micro-batch is
-    measured on two rows of full length and on three, as each row adds the same. With
-    --gradient-checkpointing one layer more is whole for a moment, while it is computed again.
+    measured on two rows of full length and on three, as each row adds the same. To it come, after
+    a separate critic's share is gone, the logits' gradient and the float32 pieces; or, with
+    --gradient-checkpointing, one layer whole while it is computed again.
     """
-    models = [policy, critic, ref_policy, *(getattr(s, "classifier", s) for s in scorers)]
-    models = [model for model in models if isinstance(model, torch.nn.Module)]
+    models = [policy, critic, ref_policy, *reward_models(scorers)]
     trained = [*policy.parameters(), *critic.parameters()]
+    checkpointed = [policy, critic] if cfg.critic == "separate" else [policy]
     width = max(len(row.prompt_ids) for row in rows) + cfg.response_length
+    num_rows = min(cfg.microbatch_size, cfg.minibatch_size)
 
-    def kept(num_rows):
-        tokens = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
-        forward = lambda: forward_responses(
-            policy, critic, tokens, torch.ones_like(tokens).bool(), cfg.response_length,
-            cfg.temperature, with_entropy=cfg.entropy_coef > 0,
-        )
+    def kept(number, critic):
+        tokens = torch.zeros(number, width, dtype=torch.int64, device=device)
+        mask = torch.ones_like(tokens).bool()
+        mask[0, 0] = False  # so that attention needs a mask, as in most micro-batches
         with common.arithmetic(device, cfg.dtype):
-            return common.kept_bytes(forward, trained)
+            return common.kept_bytes(lambda: forward_responses(
+                policy, critic, tokens, mask, cfg.response_length, cfg.temperature,
+                with_entropy=cfg.entropy_coef > 0,
+            ), trained)
 
-    def activations():
-        two, three = kept(2), kept(3)
-        return two + (three - two) * (min(cfg.microbatch_size, cfg.minibatch_size) - 2)
+    def kept_of_microbatch(critic):
+        two, three = kept(2, critic), kept(3, critic)
+        return two + (three - two) * (num_rows - 2)
 
-    parts = {
+    activations = kept_of_microbatch(critic)
+    row_of_logits = cfg.response_length * policy.get_output_embeddings().out_features
+    gradient = num_rows * row_of_logits * (2 if common.is_bf16(device, cfg.dtype) else 4)
+    pieces = 4 * 2 * row_of_logits * 4  # four tensors of two rows
+    of_policy = activations if cfg.critic == "shared" else kept_of_microbatch(None)
+    backward = max(0, of_policy + gradient + pieces - activations)
+    if cfg.gradient_checkpointing:
+        num_layers = sum(m.config.get_text_config().num_hidden_layers for m in checkpointed)
+        for model in checkpointed:
+            model.eval()  # transformers checkpoints only in train mode
+        backward = max(backward, (kept_of_microbatch(critic) - activations) // num_layers)
+        for model in checkpointed:
+            model.train()
+    return {
         "weights": common.tensor_bytes(p for model in models for p in model.parameters()),
         "gradients": common.tensor_bytes(trained), "Adam": 2 * common.tensor_bytes(trained),
-        "activations": activations(),
+        "activations": activations, "backward": backward,
     }
-    if cfg.gradient_checkpointing:
-        num_layers = policy.config.get_text_config().num_hidden_layers
-        policy.eval(), critic.eval()  # transformers checkpoints only in train mode
-        num_layers *= 2 if cfg.critic == "separate" else 1
-        parts["a layer"] = (activations() - parts["activations"]) // num_layers
-        policy.train(), critic.train()
-    return parts
 
 
 def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
@@ -1096,6 +1116,7 @@ def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
         )
     num_columns = response_mask.shape[1]
     mask = torch.ones_like(mask)  # an EOS that came by chance shortens nothing
+    mask[::2, 0] = False  # and attention needs a mask, as in most micro-batches
     models = [scorer for scorer in scorers if isinstance(scorer, torch.nn.Module)]
     if models:
         score_responses(models, tokens, mask, None, None, cfg)
@@ -1142,6 +1163,7 @@ def main(cfg):
     parts = " + ".join(f"{part} {size / 1e9:.3g}" for part, size in memory.items())
     print(f"  memory in an update, GB: {parts} = {sum(memory.values()) / 1e9:.3g}")
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         rehearse(policy, critic, ref_policy, scorers, optimizer, all_rows, cfg, device)
         print(f"  measured in a trial of the longest batch: {common.peak_memory(device) / 1e9:.2f}")
 
@@ -1211,7 +1233,7 @@ def main(cfg):
                         policy, critic, micro.tokens, micro.attention_mask,
                         micro.response_mask.shape[1], cfg.temperature,
                         with_entropy=cfg.entropy_coef > 0,
-                    )  # (b, R) each
+                    )  # (b, r) each
                 # Indexing by a mask leaves the N that count, (N,): from here no padding exists.
                 at, at_v = micro.response_mask, micro.value_mask
                 policy_losses, ratio = policy_loss(
@@ -1234,6 +1256,7 @@ def main(cfg):
                 break  # far enough from pi_old: without this step, and without the epochs left
             if skipped.may_step(norms, recent(history)):  # one bad batch is no reason to stop
                 optimizer.step()
+        optimizer.zero_grad()  # the rollout can use the gradients' memory
         clock.append(common.now(device))
 
         # -- log, adapt beta, evaluate, save

@@ -200,7 +200,7 @@ def test_micro_batches_hold_each_row_once_by_length_and_lose_no_token_that_count
     column = torch.arange(14)  # P = 6, R = 8
     attention_mask = (column >= 6 - num_prompt[:, None]) & (column < 6 + num_response[:, None])
     index = torch.tensor([3, 17, 0, 5, 9, 11, 2])
-    parts = list(ppo.micro_batches(attention_mask, index, 3))
+    parts = list(ppo.parts_by_length(attention_mask, index, 3))
     order = torch.cat([rows for rows, _ in parts])
     assert [len(rows) for rows, _ in parts] == [3, 3, 1] and sorted(order.tolist()) == sorted(index.tolist())
     lengths = (num_prompt + num_response)[order]
