@@ -907,7 +907,7 @@ LOGS = ("args.json", "metrics.jsonl", "samples.jsonl")
 # in bf16 another micro-batch; another device also has other random numbers.
 MAY_CHANGE = (
     "microbatch_size", "save_every", "tensorboard", "device", "gradient_checkpointing",
-    "trust_remote_code", "attention", "compile",
+    "trust_remote_code",
 )
 _locks = []
 

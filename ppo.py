@@ -150,7 +150,7 @@ LR_BY_SIZE = ((10e6, 3e-4), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below,
 
 
 # What --resume may be given anew; --iterations changes the learning rates still to come.
-MAY_CHANGE = (*common.MAY_CHANGE, "iterations", "eval_every", "explain")
+MAY_CHANGE = (*common.MAY_CHANGE, "iterations", "eval_every", "explain", "attention", "compile")
 # Where memory may run out: {function: (what it does, the flag to halve)}
 MEMORY_FLAGS = {
     "main": ("the update", "--microbatch-size"),

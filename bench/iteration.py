@@ -4,13 +4,14 @@
     python bench/iteration.py --shape M                    Qwen2.5-0.5B's shape, for one GPU
     python bench/iteration.py --shape cpu --batch-size 32 --hidden 512 -- --dtype bf16 --compile
 
-What stands behind `--` goes to ppo.py as it is. Weights do not change the speed, so none are
-needed; what is timed is the real script, from its own metrics.jsonl, and only the writing of
-checkpoints is left out. The first iterations warm up and are not counted.
+What stands behind `--` goes to ppo.py as it is. Random weights take as long as trained ones; all
+prompts are of one length, and with the small learning rate used here nearly all responses run to
+the full length. What is timed is the real script, from its own metrics.jsonl, and only the writing
+of checkpoints is left out. The first iterations warm up and are not counted.
 
-The floor is the time below which no implementation can go on this machine in this arithmetic: the
-FLOPs of all matrix products over the matrix rate, plus the bytes that decoding has to read, the
-weights once a step and the key-value cache, over the copy bandwidth. Both are measured here.
+The floor is what this algorithm's matrix products alone would take at the rate of a large one, and
+in the rollout besides, one after the other, what decoding reads, the matrices once a step and the
+key-value cache, at the rate of a large copy. Both rates are measured here.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import torch
 import transformers
 
 HERE = pathlib.Path(__file__).resolve().parent
-QWEN, LLAMA_1B = "Qwen2.5-0.5B", "Llama-3.2-1B"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +107,8 @@ def write_inputs(shape, folder):
     (folder / "eval.jsonl").write_text("".join(lines[:2]))
 
 
-def run_ppo(shape, folder, iterations, flags=(), root=HERE.parent):
-    """The metrics rows of ppo.py over some iterations, without checkpoints.
-
-    Args:
-        root: the folder of the ppo.py to time; another checkout is another version.
-    """
+def run_ppo(shape, folder, iterations, flags=()):
+    """The metrics rows of ppo.py over some iterations, without checkpoints."""
     command = [
         "--policy", folder / "policy", "--reward", folder / "reward_model",
         "--prompts", folder / "prompts.jsonl", "--eval-prompts", folder / "eval.jsonl",
@@ -120,10 +116,13 @@ def run_ppo(shape, folder, iterations, flags=(), root=HERE.parent):
         "--eval-every", iterations, "--batch-size", shape.batch_size,
         "--minibatch-size", shape.minibatch_size, "--microbatch-size", shape.microbatch_size,
         "--max-prompt-length", shape.prompt_length, "--response-length", shape.response_length,
-        "--ppo-epochs", shape.ppo_epochs, *flags,
+        "--ppo-epochs", shape.ppo_epochs, "--lr", 1e-5, "--critic-lr", 1e-5,
+        "--missing-eos-penalty", 0, *flags,
     ]
     program = (
-        f"import sys; sys.path.insert(0, {str(root)!r}); sys.argv = ['ppo.py', *sys.argv[1:]]\n"
+        "import sys\n"
+        f"sys.path.insert(0, {str(HERE.parent)!r})\n"
+        "sys.argv[0] = 'ppo.py'\n"
         "import common, ppo\n"
         "ppo.save_checkpoint = lambda *args, **kwargs: None\n"
         "with common.command_line(ppo.MEMORY_FLAGS):\n"
@@ -139,8 +138,8 @@ def run_ppo(shape, folder, iterations, flags=(), root=HERE.parent):
 
 
 # === The floor ====================================================================================
-def matrix_flops(shape):
-    """FLOPs of an iteration's matrix products: {phase: FLOPs}, attention's (causal) included."""
+def matrix_flops(shape, shared_critic=False):
+    """FLOPs of an iteration's matrix products by phase, causal attention included; trunk's size."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(model_config(shape))
     trunk = sum(
@@ -153,10 +152,11 @@ def matrix_flops(shape):
     trunk_pass = shape.batch_size * (2 * trunk * length + attention)
     head_pass = shape.batch_size * num_tokens * 2 * shape.hidden * shape.vocabulary
     policy_pass = trunk_pass + head_pass
+    critic_pass = 0 if shared_critic else trunk_pass
     return {
         "rollout": policy_pass,
-        "score": trunk_pass + 2 * policy_pass + trunk_pass,  # reward; policy, reference; critic
-        "update": shape.ppo_epochs * 3 * (policy_pass + trunk_pass),  # backward is two forwards
+        "score": trunk_pass + 2 * policy_pass + critic_pass,  # reward; policy, reference; critic
+        "update": shape.ppo_epochs * 3 * (policy_pass + critic_pass),  # backward is two forwards
     }, trunk
 
 
@@ -229,17 +229,30 @@ def total_seconds(row):
     return sum(row[f"seconds_{phase}"] for phase in PHASES)
 
 
-def summarize(shape, rows, warm_up, dtype):
-    """Seconds by phase beside the floor, tokens per second and memory, of the rows that count."""
+def seconds_of(rows):
+    """(median, lowest, highest) of each phase and of them together."""
+    seconds = {phase: spread([row[f"seconds_{phase}"] for row in rows]) for phase in PHASES}
+    return seconds | {"total": spread([total_seconds(row) for row in rows])}
+
+
+def summarize(shape, rows, warm_up, args):
+    """Seconds by phase beside the floor, tokens per second and memory, of the rows that count.
+
+    `args` are the flags in force, from args.json.
+    """
     rows = rows[warm_up:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    flops, trunk = matrix_flops(shape)
+    given = {field.name: args.get(field.name) for field in dataclasses.fields(Shape)}
+    given = {name: value for name, value in given.items() if value is not None}
+    shape = dataclasses.replace(shape, **given)
+    is_bf16 = args["dtype"] == "bf16" or args["dtype"] == "auto" and device == "cuda"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    flops, trunk = matrix_flops(shape, args["critic"] == "shared")
     flops_per_second, bytes_per_second = machine_rates(device, dtype)
     floor = {phase: number / flops_per_second for phase, number in flops.items()}
     floor["rollout"] += decoding_bytes(shape, trunk, dtype.itemsize) / bytes_per_second
     floor["total"] = sum(floor.values())
-    seconds = {phase: spread([row[f"seconds_{phase}"] for row in rows]) for phase in PHASES}
-    seconds["total"] = spread([total_seconds(row) for row in rows])
+    seconds = seconds_of(rows)
     return {
         "shape": dataclasses.asdict(shape), "repeats": len(rows), "warm_up": warm_up,
         "seconds": seconds, "floor_seconds": floor,
@@ -294,13 +307,6 @@ def parse(parser, argv):
     return args, dataclasses.replace(SHAPES[args.shape], **given), flags
 
 
-def matrix_dtype(flags):
-    """What ppo.py multiplies matrices in, with these flags."""
-    asked = dict(zip(flags, flags[1:])).get("--dtype", "auto")
-    is_bf16 = asked == "bf16" or asked == "auto" and torch.cuda.is_available()
-    return torch.bfloat16 if is_bf16 else torch.float32
-
-
 def save(result, path, argv):
     """Write a result with the command that made it."""
     script = pathlib.Path(sys.argv[0]).name
@@ -315,7 +321,8 @@ def main(argv):
         folder = pathlib.Path(name)
         write_inputs(shape, folder)
         rows = run_ppo(shape, folder, args.warm_up + args.repeats, flags)
-    result = summarize(shape, rows, args.warm_up, matrix_dtype(flags))
+        in_force = json.loads((folder / "run" / "args.json").read_text())
+    result = summarize(shape, rows, args.warm_up, in_force)
     show(result)
     save(result | {"flags": flags}, args.output, argv)
 

@@ -4,9 +4,11 @@
     python bench/peer.py --shape cpu -- --dtype bf16 --attention eager --compile
     python bench/peer.py --shape S --pairs 3
 
-TRL gets its best: bf16 autocast, switched on through accelerate's environment variable, since its
-own flag does nothing on transformers 5 (--peer-dtype float32 leaves it off); the same number of
-optimizer steps; and the fastest of the micro-batches in --peer-microbatch-sizes, tried first.
+TRL gets bf16 autocast, switched on through accelerate's environment variable, since its own flag
+does nothing on transformers 5 (accelerate applies it to the update; --peer-dtype float32 leaves it
+off); the whole batch in one rollout, unless --peer-rollout-size is given; the same number of
+optimizer steps; and, if --peer-microbatch-sizes names several, the fastest of them, tried first.
+On a CPU memory is that of the process, imports included.
 """
 
 import json
@@ -22,12 +24,14 @@ import iteration
 
 
 # === The peer, in a process of its own ============================================================
-def run_trl(shape, folder, num_updates, dtype, microbatch_size):
+def run_trl(shape, folder, num_updates, dtype, microbatch_size, rollout_size):
     """(seconds of each update but the first, which warms up; peak GB) of TRL's trainer."""
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     if dtype == "bf16":
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    job = vars(shape) | {"num_updates": num_updates, "microbatch_size": microbatch_size}
+    job = vars(shape) | {
+        "num_updates": num_updates, "microbatch_size": microbatch_size, "rollout_size": rollout_size
+    }
     command = [sys.executable, __file__, "--trl", str(folder), json.dumps(job)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -57,7 +61,7 @@ def trl_process(folder, job):
         num_mini_batches=job["batch_size"] // job["minibatch_size"],
         num_ppo_epochs=job["ppo_epochs"], response_length=job["response_length"],
         total_episodes=job["batch_size"] * job["num_updates"], temperature=1.0,
-        local_rollout_forward_batch_size=job["microbatch_size"], num_sample_generations=0,
+        local_rollout_forward_batch_size=job["rollout_size"], num_sample_generations=0,
         gradient_checkpointing=False, save_strategy="no", report_to=[], use_cpu=not cuda,
         disable_tqdm=True, learning_rate=1e-5,
     )
@@ -91,14 +95,19 @@ def main(argv):
     parser.add_argument("--pairs", type=int, default=3, help="of runs, ours and TRL's in turn")
     parser.add_argument("--peer-dtype", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--peer-microbatch-sizes", type=int, nargs="+", help="if not ours")
+    parser.add_argument("--peer-rollout-size", type=int, help="the batch, if not given")
     args, shape, flags = iteration.parse(parser, argv)
+    sizes_differ = shape.minibatch_size != shape.batch_size
+    if sizes_differ or any(shape.batch_size % n for n in args.peer_microbatch_sizes or ()):
+        parser.error("TRL takes one step an epoch: one minibatch, in micro-batches of equal size")
+    peer = args.peer_dtype, args.peer_rollout_size or shape.batch_size
     sizes = args.peer_microbatch_sizes or [shape.microbatch_size]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         iteration.write_inputs(shape, folder)
         tried = {}
         for size in sizes if len(sizes) > 1 else ():
-            seconds, peak = run_trl(shape, folder, 3, args.peer_dtype, size)
+            seconds, peak = run_trl(shape, folder, 3, peer[0], size, peer[1])
             tried[size] = statistics.median(seconds)
             print(f"TRL, micro-batch {size}: {tried[size]:.2f} s, {peak:.2f} GB", flush=True)
         size = min(tried, key=tried.get) if tried else sizes[0]
@@ -107,7 +116,7 @@ def main(argv):
             rows = iteration.run_ppo(shape, folder, args.warm_up + args.repeats, flags)
             rows = rows[args.warm_up :]
             ours = statistics.median(map(iteration.total_seconds, rows))
-            seconds, peak = run_trl(shape, folder, args.repeats + 1, args.peer_dtype, size)
+            seconds, peak = run_trl(shape, folder, args.repeats + 1, peer[0], size, peer[1])
             theirs = statistics.median(seconds)
             pairs.append({
                 "seconds": ours, "trl_seconds": theirs, "ratio": theirs / ours,
@@ -122,7 +131,7 @@ def main(argv):
     print(f"TRL's time over ours: median {ratio[0]:.2f} (from {ratio[1]:.2f} to {ratio[2]:.2f})")
     print(f"our memory over TRL's: {memory[0]:.2f} (from {memory[1]:.2f} to {memory[2]:.2f})")
     result = {
-        "shape": vars(shape), "flags": flags, "trl_dtype": args.peer_dtype,
+        "shape": vars(shape), "flags": flags, "trl_dtype": peer[0], "trl_rollout_size": peer[1],
         "trl_microbatch_size": size, "trl_microbatch_sizes_tried": tried, "pairs": pairs,
         "ratio": ratio, "memory_ratio": memory,
     }

@@ -7,7 +7,8 @@ ours              common.generate_responses: rows that have ended leave the batc
 generate          transformers' loop on a cache that grows
 generate, fixed   the same on a cache of fixed size; on CUDA its step is captured in a graph, which
                   is what ppo.py --compile does
-continuous        transformers' continuous batching (generate_batch)
+continuous        transformers' continuous batching (generate_batch), in float32: it works in a
+                  thread of its own, which autocast does not reach
 
 Engines take turns, so that what else the machine does falls on all of them. With --end-probability
 p every token is an EOS with about that probability, as texts that end differ in length; without it
@@ -62,7 +63,9 @@ def main(argv):
     parser = iteration.parser(__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("auto", "float32", "bf16"), default="auto")
     parser.add_argument("--end-probability", type=float, default=0.0, help="of each token")
-    args, shape, _ = iteration.parse(parser, argv)
+    args, shape, flags = iteration.parse(parser, argv)
+    if flags:
+        parser.error("this runs no ppo.py, so nothing can stand behind --")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -85,7 +88,7 @@ def main(argv):
                     iteration.synchronize(device.type)
                     seconds = time.perf_counter() - begin
             except Exception as error:  # an engine that can't is a result too
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
                 continue
             if turn >= args.warm_up:
                 runs[name].append((seconds, sum(map(len, responses))))

@@ -4,9 +4,9 @@
     python bench/scaling.py --shape S --factors 0.5 1 2
 
 Each axis is scaled alone, by the factors, from the shape given: prompts per iteration; tokens per
-response; or the model, in width, heads and intermediate width together, so that its parameters grow
-by about the square of the factor. The slope is that of log(seconds) against log(size), by least
-squares: 1 is linear growth, and attention's share, quadratic in the length, may lift it above.
+prompt and response; or the model, in width, heads and intermediate width together. The slope is
+that of log(seconds) against log(size), by least squares: 1 is linear growth; attention's share,
+quadratic in the length, lifts it, and what each iteration or step costs at any size lowers it.
 """
 
 import dataclasses
@@ -24,8 +24,11 @@ def scaled(shape, axis, factor):
     if axis == "batch":
         size = times(shape.batch_size)
         return dataclasses.replace(shape, batch_size=size, minibatch_size=size)
-    if axis == "response length":
-        return dataclasses.replace(shape, response_length=times(shape.response_length))
+    if axis == "length":
+        return dataclasses.replace(
+            shape, prompt_length=times(shape.prompt_length),
+            response_length=times(shape.response_length),
+        )
     return dataclasses.replace(
         shape, hidden=times(shape.hidden), intermediate=times(shape.intermediate),
         heads=times(shape.heads), kv_heads=times(shape.kv_heads),
@@ -36,8 +39,8 @@ def size_of(shape, axis):
     """What the time is drawn against: prompts, tokens, or the parameters of all matrices."""
     if axis == "batch":
         return shape.batch_size
-    if axis == "response length":
-        return shape.response_length
+    if axis == "length":
+        return shape.prompt_length + shape.response_length
     return iteration.matrix_flops(shape)[1] + shape.hidden * shape.vocabulary
 
 
@@ -56,7 +59,7 @@ def main(argv):
     if len(set(args.factors)) < 2:
         parser.error("--factors needs two different ones for a slope")
     axes = {}
-    for axis in ("batch", "response length", "parameters"):
+    for axis in ("batch", "length", "parameters"):
         points = []
         for factor in args.factors:
             now = scaled(shape, axis, factor)
@@ -64,11 +67,7 @@ def main(argv):
                 folder = pathlib.Path(name)
                 iteration.write_inputs(now, folder)
                 rows = iteration.run_ppo(now, folder, args.warm_up + args.repeats, flags)
-            rows = rows[args.warm_up :]
-            seconds = {
-                phase: iteration.spread([row[f"seconds_{phase}"] for row in rows])
-                for phase in iteration.PHASES
-            } | {"total": iteration.spread([iteration.total_seconds(row) for row in rows])}
+            seconds = iteration.seconds_of(rows[args.warm_up :])
             points.append({"size": size_of(now, axis), "seconds": seconds})
             shown = "".join(f"{name} {low:.2f} s  " for name, (low, *_) in seconds.items())
             print(f"{axis:<16}{points[-1]['size']:>10}   {shown}", flush=True)

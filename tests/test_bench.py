@@ -33,29 +33,29 @@ def test_the_flops_of_the_floor_are_those_that_torch_counts(family):
 
 
 def test_an_iteration_is_timed_by_phase_and_written_with_its_command(tmp_path, capsys):
-    argv = [*TINY, "--output", str(tmp_path / "result.json"), "--", "--critic", "shared"]
+    argv = [*TINY, "--output", str(tmp_path / "result.json"), "--", "--critic", "shared", "--ppo-epochs", "1"]
     iteration.main(argv)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["command"].endswith(" ".join(argv)) and result["flags"] == ["--critic", "shared"]
+    assert result["command"].endswith(" ".join(argv)) and result["flags"] == argv[-4:]
     assert result["repeats"] == 2 and set(result["seconds"]) == {"rollout", "score", "update", "total"}
     for phase, (median, low, high) in result["seconds"].items():
         assert 0 < low <= median <= high and result["floor_share"][phase] == result["floor_seconds"][phase] / median
-    assert result["shape"]["minibatch_size"] == 4 and 5 < result["response_length"] <= 6 and result["peak_memory_gb"] > 0.1
+    assert result["shape"]["minibatch_size"] == 4 and result["shape"]["ppo_epochs"] == 1 and 5 < result["response_length"] <= 6 and result["peak_memory_gb"] > 0.1
     assert "response tokens per second" in capsys.readouterr().out
 
 
 def test_slopes_are_those_of_power_laws_and_each_axis_scales_its_own():
     assert scaling.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
     assert scaling.slope([1, 10, 100], [7, 700, 70000]) == pytest.approx(2)
-    base, shapes = iteration.Shape(), [scaling.scaled(iteration.Shape(), axis, 2) for axis in ("batch", "response length", "parameters")]
+    base, shapes = iteration.Shape(), [scaling.scaled(iteration.Shape(), axis, 2) for axis in ("batch", "length", "parameters")]
     changed = [{name for name, value in vars(shape).items() if value != getattr(base, name)} for shape in shapes]
-    assert changed == [{"batch_size", "minibatch_size"}, {"response_length"}, {"hidden", "intermediate", "heads", "kv_heads"}]
+    assert changed == [{"batch_size", "minibatch_size"}, {"prompt_length", "response_length"}, {"hidden", "intermediate", "heads", "kv_heads"}]
     assert scaling.size_of(shapes[2], "parameters") > 3 * scaling.size_of(base, "parameters")
 
 
 def test_scaling_and_rollout_run_and_write_their_results(tmp_path, capsys):
     scaling.main([*TINY, "--factors", "1", "2", "--output", str(tmp_path / "scaling.json")])
-    assert set(json.loads((tmp_path / "scaling.json").read_text())["axes"]) == {"batch", "response length", "parameters"}
+    assert set(json.loads((tmp_path / "scaling.json").read_text())["axes"]) == {"batch", "length", "parameters"}
     rollout.main([*TINY, "--end-probability", "0.1", "--output", str(tmp_path / "rollout.json")])
     engines = json.loads((tmp_path / "rollout.json").read_text())["engines"]
     assert {"ours", "generate", "generate, fixed"} <= set(engines) and all(e["tokens_per_second"][0] > 0 for e in engines.values())

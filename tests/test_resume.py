@@ -129,7 +129,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up_unasked(stage, world, tmp_pat
         hint = "a higher --iterations goes on with it"
     else:
         hint = "--overwrite starts anew"
-    refused(run_stage(module, *flags, "--resume", "--lr", 5e-4), stage, "--lr is 0.0005, but the run in", "began with 0.001", "May change: device, ")
+    refused(run_stage(module, *flags, "--resume", "--lr", 5e-4), stage, "--lr is 0.0005, but the run in", "began with 0.001", "device, ")
     status, out, _ = run_stage(module, *flags, "--resume")  # a job that is started again is done
     assert status == 0 and f"is finished; {hint}" in out
     assert contents(output) == before
