@@ -64,6 +64,8 @@ def command_line(memory_flags=()):
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_out_of_memory(error):
                 raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
+            if "probability tensor" in str(error):  # what torch.multinomial says
+                raise UserError(explain_bad_sampling(error)) from error
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise UserError(f"--compile failed: {str(error).splitlines()[0]}") from error
             raise
@@ -820,6 +822,22 @@ class FixedCache(KeysLikeValues, StaticCache):
     """Has room for all tokens from the start, so that each step has the same shapes."""
 
 
+def generate_compiled(model, prompts, prompt_mask, response_length, temperature, to_the_full):
+    """The same as `generate_responses`, by transformers' loop: a graph of fixed shapes on CUDA."""
+    settings = model.generation_config
+    sampling = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+        max_new_tokens=response_length, min_new_tokens=response_length if to_the_full else None,
+        eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id,
+    )
+    length = -(-(prompts.shape[1] + response_length) // 128) * 128  # few lengths, few graphs
+    tokens = model.generate(
+        prompts, attention_mask=prompt_mask, generation_config=sampling,
+        past_key_values=FixedCache(config=model.config, max_cache_len=length),
+    )
+    return tokens[:, prompts.shape[1] :]
+
+
 @torch.no_grad()
 def generate_responses(
     model, prompts, prompt_mask, response_length, temperature, to_the_full=False, compiled=False
@@ -833,24 +851,16 @@ def generate_responses(
     A loop of our own, where `model.generate` would do, because a row that has ended leaves the
     batch: bench/rollout.py times both. A few wait for company, as leaving copies the cache.
     Under autocast all steps use one bf16 copy of the matrices, which lives as long as its context.
-    If `compiled`, `model.generate` does it: on CUDA it captures a step of fixed shapes in a graph.
     """
-    settings, device = model.generation_config, prompts.device
     training = model.training
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     if compiled:
-        sampling = GenerationConfig(
-            do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-            max_new_tokens=response_length, min_new_tokens=response_length if to_the_full else None,
-            eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id,
-        )
-        length = -(-(prompts.shape[1] + response_length) // 128) * 128  # few lengths, few captures
-        tokens = model.generate(
-            prompts, attention_mask=prompt_mask, generation_config=sampling,
-            past_key_values=FixedCache(config=model.config, max_cache_len=length),
+        response = generate_compiled(
+            model, prompts, prompt_mask, response_length, temperature, to_the_full
         )
         model.train(training)
-        return tokens[:, prompts.shape[1] :]
+        return response
+    settings, device = model.generation_config, prompts.device
     eos_ids = torch.tensor([] if to_the_full else settings.eos_token_id, device=device)
     response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)
     rows = torch.arange(len(prompts), device=device)  # which are in the batch, (b,)
@@ -881,9 +891,9 @@ def generate_responses(
 def describe(role, model, trained):
     """One line about a model: its role, class, size, data type, and whether it is trained."""
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     name, state = type(model).__name__, "trained" if trained else "frozen"
-    return f"  {role:<14}{name:<34}{size:>10.3f} M  {dtype:<9}{state}"
+    return f"  {role:<14}{name:<34}{size:>10.3f} M  {'+'.join(sorted(dtypes)):<18}{state}"
 
 
 def print_tokens(tokenizer, model, prompt, response=()):
