@@ -15,6 +15,7 @@ p every token is an EOS with about that probability, as texts that end differ in
 nearly all run to the full length.
 """
 
+import copy
 import sys
 import time
 
@@ -28,6 +29,7 @@ import common  # noqa: E402
 
 def engines(model, prompts, shape):
     """{name: function() -> list of the responses' ids}, each plain sampling at temperature 1."""
+    paged = copy.deepcopy(model)  # generate_batch changes its attention for good
     tokens, mask = (x.to(model.device) for x in common.pad(prompts, 1, "left"))
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=shape.response_length,
@@ -50,7 +52,7 @@ def engines(model, prompts, shape):
         return cut(output[:, tokens.shape[1] :])
 
     def continuous():
-        outputs = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
+        outputs = paged.generate_batch(prompts, generation_config=settings, progress_bar=False)
         return [output.generated_tokens for output in outputs.values()]
 
     return {
@@ -76,9 +78,10 @@ def main(argv):
     model.generation_config.pad_token_id = 1
     size = (shape.batch_size, shape.prompt_length)
     prompts = torch.randint(2 + num_ends, shape.vocabulary, size).tolist()
-    runs, failed = {name: [] for name in engines(model, prompts, shape)}, {}
+    functions = engines(model, prompts, shape)
+    runs, failed = {name: [] for name in functions}, {}
     for turn in range(args.warm_up + args.repeats):
-        for name, function in engines(model, prompts, shape).items():
+        for name, function in functions.items():
             if name in failed:
                 continue
             try:

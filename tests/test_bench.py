@@ -29,7 +29,8 @@ def test_the_flops_of_the_floor_are_those_that_torch_counts(family):
         model(input_ids=tokens, use_cache=False, logits_to_keep=7)
     counted = {str(op).split(".")[-1]: number for op, number in counter.get_flop_counts()["Global"].items()}
     matrices, attention = counted.get("mm", 0) + counted.get("addmm", 0), counted["bmm"]
-    assert iteration.matrix_flops(shape)[0]["rollout"] == matrices + attention // 2
+    rotary = 3 * 12 * 4 * 2  # the angles, which transformers 5.17 multiplies as matrices
+    assert iteration.matrix_flops(shape)[0]["rollout"] == pytest.approx(matrices + attention // 2, abs=rotary)
 
 
 def test_an_iteration_is_timed_by_phase_and_written_with_its_command(tmp_path, capsys):
