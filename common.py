@@ -32,6 +32,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
 from transformers import StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -64,7 +65,8 @@ def command_line(memory_flags=()):
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_out_of_memory(error):
                 raise UserError(explain_out_of_memory(error, dict(memory_flags))) from error
-            if "probability tensor" in str(error):  # what torch.multinomial says
+            if "probability tensor" in str(error) or "device-side assert" in str(error):
+                # so says torch.multinomial, in generate_compiled
                 raise UserError(explain_bad_sampling(error)) from error
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise UserError(f"--compile failed: {str(error).splitlines()[0]}") from error
@@ -575,7 +577,7 @@ def shown(prompt):
 
 def eos_token_ids(tokenizer, model):
     """All ids that end a text, sorted: the tokenizer's EOS, and those stored with the model."""
-    stored = getattr(model, "generation_config", model.config).eos_token_id
+    stored = getattr(getattr(model, "generation_config", model.config), "eos_token_id", None)
     stored = [id for id in (stored if isinstance(stored, list) else [stored]) if id is not None]
     if not all(isinstance(id, int) and id >= 0 for id in stored):
         raise UserError(f"the model's eos_token_id is {stored}; it must be one or more token ids")
@@ -734,7 +736,7 @@ def fit_embeddings(model, tokenizer):
 def check_context(model, length, flags):
     """Stop if sequences of `length` tokens do not fit the model's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
+    if limit is not None and 0 < limit < length:  # XLNet says -1 for none
         raise UserError(
             f"{length} tokens do not fit the model's {limit} positions ({type(model).__name__}); "
             f"lower {flags}"
@@ -849,7 +851,8 @@ def generate_responses(
     no response ends early: that is for trying out what fits into memory.
 
     A loop of our own, where `model.generate` would do, because a row that has ended leaves the
-    batch: bench/rollout.py times both. A few wait for company, as leaving copies the cache.
+    batch: bench/rollout.py times both. A few wait for company, as leaving copies the cache; no row
+    can leave the state of a recurrent layer.
     Under autocast all steps use one bf16 copy of the matrices, which lives as long as its context.
     """
     training = model.training
@@ -878,7 +881,8 @@ def generate_responses(
         num_open = int(is_open.sum())
         if num_open == 0:
             break
-        if num_open <= 0.75 * len(rows):
+        is_recurrent = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in cache.layers)
+        if num_open <= 0.75 * len(rows) and not is_recurrent:
             cache.batch_select_indices(is_open.nonzero().squeeze(1))
             rows, tokens, mask, is_open = (x[is_open] for x in (rows, tokens, mask, is_open))
         inputs = tokens[:, None]

@@ -362,9 +362,11 @@ class TextScorer:
             try:
                 with common.arithmetic(self.device, self.cfg.dtype):
                     logits = self.classifier(**padded.to(self.device)).logits  # (b, 1)
-            except IndexError:  # RoBERTa has fewer positions than its config says
-                where = self.tokenizer.name_or_path
-                raise UserError(f"{where} can't read {longest} tokens") from None
+            except (IndexError, ValueError, RuntimeError) as error:
+                if common.is_out_of_memory(error):  # others: RoBERTa has fewer positions than its
+                    raise  # config says, BART wants an EOS, DeBERTa can't do bf16
+                where, reason = self.tokenizer.name_or_path, str(error).splitlines()[0]
+                raise UserError(f"{where} can't read {longest} tokens: {reason}") from error
             scores.append(logits[:, 0].float())
         return (torch.cat(scores) - mean) / deviation
 
@@ -1116,7 +1118,8 @@ def rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, device):
         )
     num_columns = response_mask.shape[1]
     mask = torch.ones_like(mask)  # an EOS that came by chance shortens nothing
-    mask[::2, 0] = False  # and attention needs a mask, as in most micro-batches
+    if len(longest.prompt_ids) > 1:
+        mask[0, 0] = False  # and attention needs a mask, as in most micro-batches
     models = [scorer for scorer in scorers if isinstance(scorer, torch.nn.Module)]
     if models:
         score_responses(models, tokens, mask, None, None, cfg)

@@ -132,7 +132,8 @@ def run_ppo(shape, folder, iterations, flags=()):
         [sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True
     )
     if run.returncode:
-        sys.exit(run.stderr)
+        print(run.stderr, file=sys.stderr)
+        sys.exit(run.returncode)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     return [row for row in rows if "split" not in row]
 
@@ -241,7 +242,7 @@ def summarize(shape, rows, warm_up, args):
     `args` are the flags in force, from args.json.
     """
     rows = rows[warm_up:]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and args["device"] != "cpu" else "cpu"
     given = {field.name: args.get(field.name) for field in dataclasses.fields(Shape)}
     given = {name: value for name, value in given.items() if value is not None}
     shape = dataclasses.replace(shape, **given)
@@ -289,7 +290,9 @@ def parser(description):
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="where to start from")
     for field in dataclasses.fields(Shape):
         if field.type is not bool:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type)
+            families = ("llama", "gpt2", "qwen2") if field.name == "family" else None
+            flag = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(flag, type=field.type, choices=families)
     parser.add_argument("--repeats", type=int, default=5, help="iterations that count")
     parser.add_argument("--warm-up", type=int, default=2, help="iterations before them")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the result")
@@ -304,7 +307,19 @@ def parse(parser, argv):
     given = {name: value for name, value in given.items() if value is not None}
     if "batch_size" in given:  # one optimizer step an epoch, unless told otherwise
         given.setdefault("minibatch_size", given["batch_size"])
-    return args, dataclasses.replace(SHAPES[args.shape], **given), flags
+    shape = dataclasses.replace(SHAPES[args.shape], **given)
+    counts = {**given, "repeats": args.repeats, "pairs": getattr(args, "pairs", 1)}
+    for name, value in counts.items():
+        if name != "family" and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.warm_up < 0 or shape.hidden % shape.heads or shape.heads % shape.kv_heads:
+        parser.error("--warm-up must not be negative, and heads must divide widths, KV heads heads")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"there is no folder {args.output.parent} for --output")
+    taken = {"--output", "--iterations", "--policy", "--reward", "--prompts", "--eval-prompts"}
+    if taken & {flag.split("=")[0].replace("_", "-") for flag in flags}:
+        parser.error(f"behind -- none of {', '.join(sorted(taken))} can stand: they are set here")
+    return args, shape, flags
 
 
 def save(result, path, argv):

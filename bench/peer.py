@@ -11,6 +11,7 @@ optimizer steps; and, if --peer-microbatch-sizes names several, the fastest of t
 On a CPU memory is that of the process, imports included.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -35,7 +36,7 @@ def run_trl(shape, folder, num_updates, dtype, microbatch_size, rollout_size):
     command = [sys.executable, __file__, "--trl", str(folder), json.dumps(job)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
-        sys.exit(f"TRL failed; pip install trl==1.12.0 if it is missing\n{run.stderr[-3000:]}")
+        sys.exit(f"TRL failed:\n{run.stderr[-3000:]}")
     result = json.loads((folder / "trl.json").read_text())
     return result["seconds"], result["peak_memory_gb"]
 
@@ -97,6 +98,8 @@ def main(argv):
     parser.add_argument("--peer-microbatch-sizes", type=int, nargs="+", help="if not ours")
     parser.add_argument("--peer-rollout-size", type=int, help="the batch, if not given")
     args, shape, flags = iteration.parse(parser, argv)
+    if not importlib.util.find_spec("trl"):
+        parser.error("the peer is not installed; pip install trl==1.12.0")
     sizes_differ = shape.minibatch_size != shape.batch_size
     if sizes_differ or any(shape.batch_size % n for n in args.peer_microbatch_sizes or ()):
         parser.error("TRL takes one step an epoch: one minibatch, in micro-batches of equal size")

@@ -66,6 +66,8 @@ def main(argv):
     parser.add_argument("--dtype", choices=("auto", "float32", "bf16"), default="auto")
     parser.add_argument("--end-probability", type=float, default=0.0, help="of each token")
     args, shape, flags = iteration.parse(parser, argv)
+    if not 0 <= args.end_probability <= 0.9:
+        parser.error(f"--end-probability is {args.end_probability}; it must be from 0 to 0.9")
     if flags:
         parser.error("this runs no ppo.py, so nothing can stand behind --")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -69,3 +69,14 @@ def test_the_shapes_are_those_of_the_models_they_are_named_after():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(iteration.model_config(shape))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--hidden", "33"], "heads must divide"), (["--repeats", "0"], "--repeats is 0"), (["--family", "t5"], "invalid choice"),
+    (["--output", "nowhere/x.json"], "there is no folder nowhere"), (["--", "--iterations", "3"], "they are set here"), (["--warm-up", "-1"], "must not be negative"),
+])
+def test_bad_arguments_end_in_one_line_before_anything_runs(argv, words, capsys, monkeypatch):
+    monkeypatch.setattr(iteration, "run_ppo", None)
+    with pytest.raises(SystemExit) as stopped:
+        iteration.main(argv)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]

@@ -115,6 +115,27 @@ def test_rows_that_end_leave_the_batch_and_disturb_none_that_stays(family, monke
         assert row == (expected + [PAD] * 10)[: response.shape[1]] and len(expected) <= response.shape[1]
 
 
+def test_rows_of_a_recurrent_model_stay_in_the_batch(monkeypatch):
+    """Qwen3.5 mixes attention with linear layers, whose state transformers' cache can't take rows from."""
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, head_dim=8)
+    linear = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    torch.manual_seed(0)
+    policy = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(vocab_size=30, initializer_range=0.3, **sizes, **linear)).eval()
+    policy.generation_config.eos_token_id, policy.generation_config.pad_token_id = list(range(1, 30, 4)), PAD
+    left = []
+    pick = lambda logits, t: logits.topk(10).indices[..., t]
+    monkeypatch.setattr(common, "sample_tokens", lambda logits, _: (left.append(len(logits)), pick(logits, len(left) - 1))[1])
+    rows = [[7, 8, 10 + i] for i in range(12)]
+    response = common.generate_responses(policy, *common.pad(rows, PAD, "left"), 8, 1.0)
+    ended = torch.isin(response, torch.tensor(policy.generation_config.eos_token_id)).any(1)
+    assert set(left) == {12} and ended.sum() > 3
+    for ids, row in zip(rows, response.tolist()):
+        expected = []
+        while len(expected) < response.shape[1] and not (expected and expected[-1] in policy.generation_config.eos_token_id):
+            expected.append(pick(policy(torch.tensor([ids + expected]), use_cache=False).logits[0, -1], len(expected)).item())
+        assert row == (expected + [PAD] * 8)[: response.shape[1]]
+
+
 @everywhere
 def test_a_score_is_the_same_alone_and_in_a_batch_padded_on_either_side(family):
     assert worst_score_difference(family) < 1e-4

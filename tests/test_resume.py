@@ -385,6 +385,16 @@ def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
     assert json.loads((tmp_path / "parts" / "args.json").read_text())["epochs"] == 40
 
 
+def test_the_rehearsal_takes_prompts_of_one_token(world):
+    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=4, minibatch_size=2, microbatch_size=1, response_length=1)
+    tokenizer, cpu, row = common.load_tokenizer(cfg.policy), torch.device("cpu"), common.Row(prompt="A")
+    row.prompt_ids = [5]
+    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, [row], cpu)
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()])
+    ppo.rehearse(policy, critic, ref_policy, scorers, optimizer, [row], cfg, cpu)
+    assert sum(ppo.estimate_memory(policy, critic, ref_policy, scorers, [row], cfg, cpu).values()) > 0
+
+
 def test_the_rehearsal_runs_the_longest_batch_and_leaves_everything_as_it_was(world):
     cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=6, minibatch_size=3, microbatch_size=3, response_length=9)
     tokenizer, cpu = common.load_tokenizer(cfg.policy), torch.device("cpu")
