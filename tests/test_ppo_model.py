@@ -478,3 +478,15 @@ def test_the_shared_critic_spares_the_second_trained_model(world, tmp_path, run_
     separate, shared = memory["separate"], memory["shared"]
     assert shared["gradients"] <= 0.6 * separate["gradients"] and shared["Adam"] == pytest.approx(2 * shared["gradients"], rel=0.1)
     assert shared["weights"] < 0.8 * separate["weights"] and shared["activations"] < 0.8 * separate["activations"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_with_bf16_the_frozen_models_matrices_are_bf16_and_the_trained_ones_float32(world, dtype):
+    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], dtype=dtype)
+    tokenizer, row = common.load_tokenizer(cfg.policy), common.Row(prompt="A")
+    row.prompt_ids = [5, 6]
+    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, [row], torch.device("cpu"))
+    frozen = torch.bfloat16 if dtype == "bf16" else torch.float32
+    for model, expected in ((policy, torch.float32), (critic, torch.float32), (ref_policy, frozen), (scorers[0], frozen)):
+        assert model.base_model.layers[0].mlp.up_proj.weight.dtype == expected
+    assert scorers[0].score.weight.dtype == torch.float32
