@@ -19,8 +19,8 @@ import os
 import pathlib
 from typing import NamedTuple
 
-import common
 from common import UserError
+from plumbing import cli
 
 
 # === 1. What is drawn =============================================================================
@@ -245,5 +245,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with common.command_line():
+    with cli.command_line():
         main()

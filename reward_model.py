@@ -35,72 +35,48 @@ Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one
           finished also trainer_state/ (for --resume)
 """
 
-import itertools
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup, set_seed
 
 import common
-from common import UserError, arg
+from common import UserError
+from plumbing import cli, report
+from plumbing.cli import DATA, RunConfig, arg
+from plumbing.folders import checkpoints
+from plumbing.rows import convert, preference, read_and_hold_out, too_long
+from plumbing.runs import Run, adamw_with_cosine
 
 
 # === 0. Configuration =============================================================================
 # An optimizer step takes --batch-size pairs; --microbatch-size of them are in memory at a time.
 @dataclass(frozen=True)
-class Config:
-    model: str = arg("ckpt/sft", "causal LM, or a reward model to train on", "model and data")
-    data: list[str] = arg([str(common.DATA / "preferences.jsonl")], "JSONL; see the README")
+class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.py
+    output: str = arg("ckpt/reward_model", "folder for the model and the logs", heading="run")
+
+    model: str = arg("ckpt/sft", "causal LM, or a reward model to train on", heading="data")
+    data: list[str] = arg([str(DATA / "preferences.jsonl")], "JSONL; see the README")
     eval_data: list[str] | None = arg(None, "held-out pairs; else a tenth of --data, at most 512")
-    output: str = arg("ckpt/reward_model", "folder for the trained model")
-    max_prompt_length: int = arg(512, "in tokens; pairs above are dropped and counted")
-    response_length: int = arg(512, "in tokens, EOS included; pairs above are dropped and counted")
+    max_prompt_length: int = arg(512, "in tokens; pairs above are dropped and counted", 1)
+    response_length: int = arg(512, "in tokens, EOS included; pairs above are dropped too", 1)
 
-    epochs: int = arg(1, "passes over the pairs; 1", "optimisation")
-    batch_size: int = arg(32, "pairs per optimizer step")
-    microbatch_size: int = arg(32, "pairs per forward pass; memory only, same gradient")
-    lr: float | None = arg(None, "peak learning rate; by size if not given, see LR_BY_SIZE")
-    warmup: float = arg(0.05, "share of the steps in which lr rises from 0; then a cosine to 0")
-    weight_decay: float = arg(0.0, "of AdamW; 0 to 0.1")
-    max_grad_norm: float = arg(1.0, "clip the gradient to this norm")
-
-    save_every: int = arg(500, "optimizer steps between checkpoints", "run")
-    resume: bool = arg(False, "go on with the run in --output, if there is one")
-    overwrite: bool = arg(False, "start anew although --output holds a run")
-    tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
-    seed: int = arg(0, "of the head and the data order")
-    device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
-    dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
-    gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
-    trust_remote_code: bool = arg(False, "run code that comes with --model")
+    epochs: int = arg(1, "passes over the pairs; 1", 1, heading="optimisation")
+    batch_size: int = arg(32, "pairs per optimizer step", 1)
+    microbatch_size: int = arg(32, "pairs per forward pass; memory only, same gradient", 1)
+    lr: float | None = arg(None, "peak learning rate; else by size, see LR_BY_SIZE", 0, 1)
+    warmup: float = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0", 0, 1)
+    weight_decay: float = arg(0.0, "of AdamW; 0 to 0.1", 0, 1)
+    max_grad_norm: float = arg(1.0, "clip the gradient to this norm", 1e-9)
 
 
 # Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
 LR_BY_SIZE = ((10e6, 1e-3), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
-
-
-def check_config(cfg):
-    """Every rule about the flags that needs no model."""
-    many = (1, math.inf)
-    common.check_range(
-        cfg, max_prompt_length=many, response_length=many, epochs=many, batch_size=many,
-        microbatch_size=many, lr=(0, 1), warmup=(0, 1), weight_decay=(0, 1),
-        max_grad_norm=(1e-9, math.inf), save_every=many,
-    )
-    if cfg.tensorboard:
-        common.import_tensorboard()
-
-
-# Where memory may run out: {function: (what it does, the flag to halve)}
-MEMORY_FLAGS = {
-    "main": ("the update", "--microbatch-size"), "score_pairs": ("scoring", "--microbatch-size")
-}
+FORMATS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]  # the keys of a row
 
 
 # === 1. Model: a causal LM's trunk and one number =================================================
@@ -111,86 +87,25 @@ def init_head(model):
         torch.nn.init.zeros_(model.score.bias)
 
 
-# === 2. Data ======================================================================================
-# FORK: other data formats become a prompt, a chosen and a rejected response here.
-def row_dialogues(row):
-    """(prompt, chosen, rejected) of a data row, as `common.encode` takes them.
-
-    Without a "prompt", or where chosen and rejected are chats, they may be whole dialogues: then
-    what both begin with is the prompt.
-    """
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("has a string as one response and messages as the other")
-    if isinstance(chosen, str):
-        return (prompt, chosen, rejected) if "prompt" in row else split_texts(chosen, rejected)
-    if isinstance(prompt, list):
-        whole = [chat[: len(prompt)] == prompt for chat in (chosen, rejected)]
-        if not any(whole):
-            chosen, rejected = prompt + chosen, prompt + rejected
-        elif not all(whole):
-            raise ValueError("has the prompt within one of the two responses and not the other")
-    dialogues = split_chats(chosen, rejected)
-    if isinstance(prompt, str) and prompt not in [message["content"] for message in dialogues[0]]:
-        raise ValueError("has a string as the prompt that is no message of the two chats")
-    return dialogues
-
-
-def split_texts(chosen, rejected):
-    """(common prompt, rest of chosen, rest of rejected) of two whole dialogues as strings.
-
-    In the format of Anthropic's HH data the prompt ends with the last "Assistant:" that both have.
-    Without one it ends before the word in which they part: cut within a word, or behind the space,
-    the rest would have other tokens than in any other text.
-    """
-    opening, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
-    if marker in opening:
-        length = opening.rindex(marker) + len(marker)
-    else:
-        last_word = "" if opening[-1:].isspace() else (opening.split() or [""])[-1]
-        length = len(opening[: len(opening) - len(last_word)].rstrip())
-    return opening[:length], chosen[length:], rejected[length:]
-
-
-def split_chats(chosen, rejected):
-    """(common messages, rest of chosen, rest of rejected), each rest the assistant's to begin."""
-    for rest in (chosen, rejected):
-        if rest[-1]["role"] != "assistant":
-            raise ValueError("has a chat that does not end with the assistant's message")
-    length = 0
-    for i, (one, other) in enumerate(zip(chosen, rejected)):
-        answers = i and chosen[i - 1]["role"] != "assistant"
-        if answers and one["role"] == other["role"] == "assistant":
-            length = i
-        if one != other:
-            break
-    if length == 0:
-        raise ValueError(
-            "has two chats that share no message which the assistant answers; put the prompt, as "
-            "messages, into both or under 'prompt'"
-        )
-    return chosen[:length], chosen[length:], rejected[length:]
-
-
+# === 2. Data: rows to ids =========================================================================
 def encode_row(row, tokenizer, eos_ids, cfg):
     """The (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
-    prompt, chosen, rejected = row_dialogues(row)
+    prompt, chosen, rejected = preference(row)  # strings or chats, from any accepted format
     prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids)
     _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids)
-    reason = common.too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
+    reason = too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
     if chosen_ids == rejected_ids:
-        reason = "chosen and rejected the same"
+        reason = "chosen and rejected the same"  # its loss is log 2 and its gradient 0
     yield reason or (prompt_ids + chosen_ids, prompt_ids + rejected_ids)
 
 
 # === 3. Scores and loss: eqs. 1-2 =================================================================
-def pair_scores(model, pairs, pad_id, device):
+def pair_scores(model, pairs, pad_id):
     """Scores of the chosen and of the rejected texts, (B,) float32 each, from one forward pass."""
-    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    tokens, attention_mask = (x.to(device) for x in common.pad(texts, pad_id, "right"))  # (2B, T)
-    token_scores = common.token_scores(model, tokens, attention_mask)  # (2B, T)
-    last_index = common.last_token_index(attention_mask)  # (2B,)
-    return token_scores.gather(1, last_index[:, None]).squeeze(1).chunk(2)
+    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]  # 2B lists
+    tokens, attention_mask = common.pad(texts, pad_id, "right")  # (2B, T)
+    tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)
+    return common.text_scores(model, tokens, attention_mask).chunk(2)  # read at the last token
 
 
 def preference_loss(chosen_scores, rejected_scores):
@@ -200,15 +115,14 @@ def preference_loss(chosen_scores, rejected_scores):
 
 # === 4. Held-out evaluation =======================================================================
 @torch.no_grad()
-def score_pairs(model, pairs, cfg, pad_id, device, desc):
+def score_pairs(model, pairs, microbatch_size, pad_id, desc=None):
     """Chosen and rejected scores of all pairs, (N,) float32 each, on the CPU, in their order."""
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))  # little padding
-    parts = []
-    for start in tqdm(range(0, len(order), cfg.microbatch_size), desc=desc, leave=False):
-        micro = [pairs[i] for i in order[start : start + cfg.microbatch_size]]
-        with common.arithmetic(device, cfg.dtype):
-            parts.append([scores.cpu() for scores in pair_scores(model, micro, pad_id, device)])
-    in_order = torch.tensor(order).argsort()
+    parts = []  # [chosen (b,), rejected (b,)] each
+    for start in tqdm(range(0, len(order), microbatch_size), desc=desc, leave=False):
+        micro = [pairs[i] for i in order[start : start + microbatch_size]]
+        parts.append([scores.cpu() for scores in pair_scores(model, micro, pad_id)])
+    in_order = torch.tensor(order).argsort()  # back from the order of length
     return [torch.cat(scores)[in_order] for scores in zip(*parts)]
 
 
@@ -227,8 +141,8 @@ def calibration(differences, num_bins=4):
     rows = []
     for group in differences[differences.abs().argsort()].tensor_split(num_bins):
         if len(group):
-            size = group.abs()
-            right, _ = accuracy(group, torch.zeros_like(group))
+            size = group.abs()  # how sure it is
+            right, _ = accuracy(group, torch.zeros_like(group))  # chosen above rejected
             rows.append((size.mean().item(), size.sigmoid().mean().item(), right))
     return rows
 
@@ -240,155 +154,109 @@ def held_out_metrics(raw_chosen, raw_rejected, pairs):
     return {
         "loss": preference_loss(raw_chosen, raw_rejected).mean().item(),  # below log 2 = 0.693
         "accuracy": right,  # 0.6 to 0.75 on human labels; near 1 suggests a leak
-        "accuracy_two_sigma": two_sigma,
+        "accuracy_two_sigma": two_sigma,  # of chance alone, by the number of pairs
         "longer_wins": accuracy(*lengths)[0],  # accuracy should beat this and 1 - this clearly
     }
 
 
 # === Main loop ====================================================================================
-def load_data(cfg):
-    """(training rows, held-out rows)."""
-    formats = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
-    rows = common.read_rows(cfg.data, formats)
-    if cfg.eval_data is not None:
-        return rows, common.read_rows(cfg.eval_data, formats)
-    return common.hold_out(rows, 512, cfg.seed, "--eval-data")
+def read_back(run, model, tokenizer, eval_pairs, expected, cfg):
+    """Put the scale into the checkpoint; what a model read from it then scores must be `expected`.
 
-
-def save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device):
-    """Write the folder; keep it only if the model that is read from it gives the same scores."""
-    with common.saved_run(cfg) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        trust = cfg.trust_remote_code
-        reloaded, _ = common.load_scalar_model(str(folder), tokenizer, trust_remote_code=trust)
-        pad_id = tokenizer.pad_token_id
-        scores = score_pairs(reloaded.to(device), eval_pairs, cfg, pad_id, device, "reload")
-        drift = max((new - old).abs().max().item() for new, old in zip(scores, expected))
-        if not drift < 1e-3:
-            raise UserError(f"the saved model scores differently, by up to {drift:.2g}: not kept")
+    Returns the largest difference. The run is finished only if there is none to speak of.
+    """
+    folder = checkpoints(run.folder)[-1]
+    model.config.to_json_file(folder / "config.partial")  # where PPO will find the scale
+    os.replace(folder / "config.partial", folder / "config.json")  # whole or not at all
+    options = {"trust_remote_code": cfg.trust_remote_code}
+    saved, _ = common.load_scalar_model(str(folder), tokenizer, **options)
+    common.place(saved.requires_grad_(False), run.device, cfg.dtype)
+    scores = score_pairs(saved, eval_pairs, cfg.microbatch_size, tokenizer.pad_token_id, "reload")
+    drift = max((new - old).abs().max().item() for new, old in zip(scores, expected))
+    if not drift < 1e-3:  # a lost head scores noise
+        raise UserError(f"the saved model scores differently, by up to {drift:.2g}: not kept")
     return drift
 
 
-def print_result(row, raw_chosen, raw_rejected, drift):
-    """Accuracy beside its trivial rival, calibration, and the scale that PPO will use."""
-    print(
-        f"\nheld-out accuracy {row['accuracy']:.3f} +- {row['accuracy_two_sigma']:.3f} (2 sigma); "
-        f"'the longer one wins' has {row['longer_wins']:.3f}\n"
-        f"held-out loss {row['loss']:.3f} nats; knowing nothing has {math.log(2):.3f}\n"
-        f"score mean {row['reward_mean']:.3f}, deviation {row['reward_std']:.3f}; "
-        f"scores after reloading differ by at most {drift:.1g}\n"
-        f"\n{'score difference':>18}{'promised accuracy':>20}{'accuracy':>11}"
-    )
-    for size, promised, right in calibration(raw_chosen - raw_rejected):
-        print(f"{size:>18.2f}{promised:>20.2f}{right:>11.2f}")
-
-
 def main(cfg):
-    check_config(cfg)
-    set_seed(cfg.seed)
-    device = common.pick_device(cfg.device)
-    state = common.open_run(cfg)
+    cli.check_ranges(cfg)
+    run = Run(cfg)  # seeds, takes --output, finds what --resume goes on from
 
     # -- setup: data, tokenizer, model, optimizer
-    rows, eval_rows = load_data(cfg)
-    made_by, trust = "python sft.py", cfg.trust_remote_code
-    source = cfg.output if state else cfg.model
-    tokenizer = common.load_tokenizer(source, made_by, trust)
-    model, head_is_new = common.load_scalar_model(source, tokenizer, made_by, trust)
-    if head_is_new:
+    rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
+    source, made_by = run.source or cfg.model, "python sft.py"  # a checkpoint has its own copy
+    options = {"trust_remote_code": cfg.trust_remote_code}
+    tokenizer = common.load_tokenizer(source, made_by, **options)
+    model, head_is_new = common.load_scalar_model(source, tokenizer, made_by, **options)
+    if head_is_new:  # --model was a causal LM
         init_head(model)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3, below
     pad_id, eos_ids = tokenizer.pad_token_id, common.eos_token_ids(tokenizer, model)
     encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
-    pairs = common.convert_rows(rows, encode, " ".join(cfg.data))
-    eval_pairs = common.convert_rows(eval_rows, encode, "held out")
-    lengths = [max(map(len, pair)) for pair in pairs]
-    longest = max(len(ids) for pair in pairs + eval_pairs for ids in pair)
-    common.check_context(model, longest, "--max-prompt-length or --response-length")
-    model.to(device)
-    if cfg.gradient_checkpointing:
-        common.enable_gradient_checkpointing(model)
-    num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)
-    lr = common.by_size(cfg.lr, LR_BY_SIZE, model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * num_steps), num_steps)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    pairs = convert(rows, encode)
+    eval_pairs = convert(eval_rows, encode, "held out")  # says what was dropped, and why
+    lengths = [max(map(len, pair)) for pair in pairs]  # in tokens
+    common.check_context(model, max(len(ids) for pair in pairs + eval_pairs for ids in pair))
+    common.place(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and its precision
+    num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)  # the last may be smaller
+    optimizer, schedule = adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
+    sizes = len(pairs), len(eval_pairs)
+    report.supervised_start(cfg, "reward model", model, "pairs", *sizes, optimizer)
+    report.print_tokens(tokenizer, model, pairs[0][0])
 
-    # -- start-up report
-    print(common.describe("reward model", model, trained=True))
-    print(
-        f"  {len(pairs)} pairs, {len(eval_pairs)} held out; {cfg.epochs} epochs x "
-        f"{math.ceil(len(pairs) / cfg.batch_size)} batches of {cfg.batch_size} = {num_steps} "
-        f"optimizer steps\n  peak lr {lr:g} (by model size, unless --lr is given)"
-    )
-    common.print_tokens(tokenizer, model, pairs[0][0])
-
-    if state:
-        common.restore(state, len(pairs), optimizer, schedule)
-    steps_done = state["steps_done"] if state else 0
-    log = common.open_log(common.start_logs(cfg, state), cfg.tensorboard)
-    stop, skipped = common.StopRequest(), common.SkippedSteps()
-    batches = common.endless_epochs(lengths, cfg.batch_size, generator)
-    batches = itertools.islice(batches, steps_done, num_steps)  # a resumed run repeats the draws
-    progress = tqdm(
-        batches, desc="reward model", unit="step", initial=steps_done, total=num_steps
-    )
-    for step, rows in enumerate(progress, steps_done + 1):
+    # -- the start
+    run.restore(len(pairs), tokenizer, {"reward_model": model}, optimizer, schedule)
+    run.start()  # nothing is written before
+    generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
+    batches = common.epochs_by_length(lengths, cfg.batch_size, generator)
+    for step, index in run.steps(batches, num_steps):
+        run.phase("backward")
         loss, num_right = 0.0, 0
-        for start in range(0, len(rows), cfg.microbatch_size):  # same gradient, less memory
-            micro = [pairs[row] for row in rows[start : start + cfg.microbatch_size]]
-            with common.arithmetic(device, cfg.dtype):
-                chosen, rejected = pair_scores(model, micro, pad_id, device)
-            micro_loss = preference_loss(chosen, rejected).sum() / len(rows)  # divided once
-            micro_loss.backward()
-            loss += micro_loss.item()
+        for start in range(0, len(index), cfg.microbatch_size):  # same gradient, less memory
+            micro = [pairs[i] for i in index[start : start + cfg.microbatch_size]]
+            chosen, rejected = pair_scores(model, micro, pad_id)  # (b,) each
+            micro_loss = preference_loss(chosen, rejected).sum() / len(index)  # divided once
+            micro_loss.backward()  # gradients add up
+            loss += micro_loss.item()  # in nats per pair
             num_right += (chosen > rejected).sum().item()
         grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
-        if skipped.may_step([grad_norm], f"up to step {step}, where the loss is {loss:.3g}"):
+        if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
             optimizer.step()
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
+        lr = schedule.get_last_lr()[0]  # of this step
+        schedule.step()  # for the next
         optimizer.zero_grad()
 
+        # -- log, save
         row = {
             "iteration": step,
             "loss": loss,  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
-            "accuracy": num_right / len(rows),  # of pairs not yet seen, in epoch 1; from 0.5 up
+            "accuracy": num_right / len(index),  # of pairs not yet seen, in epoch 1; from 0.5 up
             "grad_norm": grad_norm,  # before clipping; steady after the warm-up
-            "lr": lr,
+            "lr": lr,  # up, then down
         }
-        log(row)
-        shown = {key: f"{row[key]:.3f}" for key in ("loss", "accuracy")}
-        progress.set_postfix(shown, refresh=False)
-        if stop.signal or step % cfg.save_every == 0 or step == num_steps:
-            more = {"steps_done": step}
-            with common.saved_run(cfg, len(pairs), optimizer, schedule, **more) as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-            if stop.signal:
-                progress.close()
-                stop.leave(cfg)
-    stop.close()
+        run.log(row, show={"loss": "loss", "accuracy": "accuracy"})
+        run.save_if_due()
 
-    # -- held-out result, scale (eq. 3), checkpoint
-    raw = score_pairs(model, eval_pairs, cfg, pad_id, device, "held-out pairs")
-    reference = torch.cat(score_pairs(model, pairs, cfg, pad_id, device, "score scale"))
-    mean, deviation = reference.mean().item(), reference.std().item()
-    if not deviation > 0:
+    # -- held-out result, scale (eq. 3)
+    run.phase("evaluation")
+    raw = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
+    reference = torch.cat(score_pairs(model, pairs, cfg.microbatch_size, pad_id, "score scale"))
+    mean, deviation = reference.mean().item(), reference.std().item()  # of all training responses
+    if not deviation > 0:  # or nan
         raise UserError("the model gives all texts one score, or none; lower --lr or check --data")
     model.config.reward_mean, model.config.reward_std = mean, deviation
     scale = {"reward_mean": mean, "reward_std": deviation}
     row = {"split": "eval", "iteration": num_steps} | held_out_metrics(*raw, eval_pairs) | scale
-    log(row)
+    run.log(row)
     expected = [(scores - mean) / deviation for scores in raw]  # eq. 3
-    drift = save_and_read_back(model, tokenizer, eval_pairs, expected, cfg, device)
-    print_result(row, *raw, drift)
+    drift = read_back(run, model, tokenizer, eval_pairs, expected, cfg)
+    run.finish()  # --output is now a model's folder
+    report.reward_model_result(row, calibration(raw[0] - raw[1]), drift)
     data = "" if cfg.data == Config().data else " --prompts YOUR_PROMPTS.jsonl"
     flags = f"--policy {cfg.model} --reward {cfg.output}{data}"
     print(f"\nwrote {cfg.output}; next: python ppo.py {flags}")
 
 
 if __name__ == "__main__":
-    with common.command_line(MEMORY_FLAGS):
-        main(common.parse_args(Config, __doc__.splitlines()[0]))
+    with cli.command_line():
+        main(cli.parse_args(Config, __doc__.splitlines()[0]))

@@ -123,10 +123,11 @@ def run_ppo(shape, folder, iterations, flags=()):
         "import sys\n"
         f"sys.path.insert(0, {str(HERE.parent)!r})\n"
         "sys.argv[0] = 'ppo.py'\n"
-        "import common, ppo\n"
-        "ppo.save_checkpoint = lambda *args, **kwargs: None\n"
-        "with common.command_line(ppo.MEMORY_FLAGS):\n"
-        "    ppo.main(common.parse_args(ppo.Config, ''))"
+        "import ppo\n"
+        "from plumbing import cli, folders\n"
+        "folders.write_checkpoint = folders.finish = lambda *args, **kwargs: None\n"
+        "with cli.command_line():\n"
+        "    ppo.main(cli.parse_args(ppo.Config, ''))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True

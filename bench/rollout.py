@@ -42,10 +42,8 @@ def engines(model, prompts, shape):
         ends = [next((t for t, id in enumerate(ids) if id in is_end), len(ids)) for ids in rows]
         return [ids[: end + 1] for ids, end in zip(rows, ends)]
 
-    def ours(compiled=False):
-        return cut(common.generate_responses(
-            model, tokens, mask, shape.response_length, 1.0, compiled=compiled
-        ))
+    def ours(sample=common.generate_responses):
+        return cut(sample(model, tokens, mask, shape.response_length, 1.0))
 
     def generate():
         output = model.generate(tokens, attention_mask=mask, generation_config=settings)
@@ -56,7 +54,7 @@ def engines(model, prompts, shape):
         return [output.generated_tokens for output in outputs.values()]
 
     return {
-        "ours": ours, "generate": generate, "generate, fixed": lambda: ours(compiled=True),
+        "ours": ours, "generate": generate, "generate, fixed": lambda: ours(common.generate_compiled),
         "continuous": continuous,
     }
 
@@ -74,7 +72,8 @@ def main(argv):
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = iteration.model_config(shape)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(device)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    common.place(model, device, args.dtype)
     num_ends = max(1, round(args.end_probability * shape.vocabulary))
     model.generation_config.eos_token_id = list(range(2, 2 + num_ends))
     model.generation_config.pad_token_id = 1
@@ -87,7 +86,7 @@ def main(argv):
             if name in failed:
                 continue
             try:
-                with common.arithmetic(device, args.dtype):
+                with common.autocast(model):
                     begin = time.perf_counter()
                     responses = function()
                     iteration.synchronize(device.type)

@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import common  # noqa: E402
-import sft  # noqa: E402
+from data import tiny_model  # noqa: E402
+from plumbing import cli  # noqa: E402
 
 torch.set_num_threads(1)  # the models are too small to share out
 
@@ -63,7 +64,7 @@ def world(tmp_path_factory):
     """Small data files, and an SFT policy and a reward model of random weights that fit them."""
     folder = tmp_path_factory.mktemp("world")
     texts = [text for row in DEMONSTRATIONS + PREFERENCES for text in row.values()]
-    tokenizer = sft.train_tokenizer(texts, vocab_size=320)
+    tokenizer = tiny_model.train_tokenizer(texts, vocab_size=320)
     policy = tiny_lm(vocab_size=len(tokenizer), max_position_embeddings=128)
     common.set_generation_defaults(policy, tokenizer)
     reward_model = tiny_scalar(vocab_size=len(tokenizer), max_position_embeddings=128)
@@ -89,8 +90,8 @@ def run_stage(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *sum(groups.values(), [])])
         status = 0
         try:
-            with common.command_line(module.MEMORY_FLAGS):
-                module.main(common.parse_args(module.Config, module.__doc__.splitlines()[0]))
+            with cli.command_line():
+                module.main(cli.parse_args(module.Config, module.__doc__.splitlines()[0]))
         except SystemExit as stop:
             status = stop.code
         captured = capsys.readouterr()

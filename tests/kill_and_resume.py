@@ -78,9 +78,9 @@ def main(num_kills=20, seed=0):
                 time.sleep(rng.random() * seconds)  # anywhere in the next row, saves included
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
-                saving = output.with_name(output.name + ".new-checkpoint").exists()
-                state, done = output / "trainer_state", (output / "config.json").exists()
-                places.append("in a save" if saving else "after a save" if state.exists() else "finished" if done else "before")
+                names = {path.name for path in output.glob("checkpoint-*")}
+                saving, done = any(name.endswith(".partial") for name in names), (output / "config.json").exists()
+                places.append("in a save" if saving else "at the end" if names and done else "after a save" if names else "finished" if done else "before")
                 if places[-1] != "finished":
                     finish(start(stage, *flags, "--resume"))
                 equal += contents(output) == whole

@@ -8,13 +8,14 @@ import sys
 import pytest
 from conftest import ROOT, read_rows, write_rows
 
-import common
 import ppo
 import sft
+from data import tiny_model
+from plumbing import cli, scorers
 
 HERE = ROOT / "examples" / "arithmetic"
 FILES = ("demonstrations.jsonl", "prompts.jsonl", "heldout_prompts.jsonl")
-correct = ppo.load_function(f"{HERE / 'reward.py'}:correct")
+correct = scorers.FunctionScorer(f"{HERE / 'reward.py'}:correct").function
 
 
 def number(digits):
@@ -79,7 +80,7 @@ def test_the_human_is_wrong_about_half_the_time_and_mostly_forgets_to_carry(data
 def test_each_digit_is_a_token_of_its_own(data):
     rows = data["demonstrations.jsonl"]
     texts = [text for row in rows for text in row.values()]
-    tokenizer = sft.train_tokenizer(texts)
+    tokenizer = tiny_model.train_tokenizer(texts)
     for text in texts[:500]:
         pieces = [tokenizer.decode([token]).strip() for token in tokenizer(text)["input_ids"]]
         assert pieces == text.split() and set(map(len, pieces)) == {1}, text
@@ -158,8 +159,8 @@ def test_the_commands_of_the_docstring_parse_and_name_files_that_exist():
     commands = re.findall(r"^    python (.*)", text.replace("\\\n", " "), re.M)
     assert [command.split()[0] for command in commands] == ["sft.py", "ppo.py"]
     for command, stage in zip(commands, (sft, ppo)):
-        cfg = common.parse_args(stage.Config, "", shlex.split(command)[1:])
-        stage.check_config(cfg)
+        cfg = cli.parse_args(stage.Config, "", shlex.split(command)[1:])
+        cli.check_ranges(cfg)
         for path in re.findall(r"examples/[\w./]+", command):
             assert (ROOT / path).is_file(), path
     assert cfg.policy in commands[0]

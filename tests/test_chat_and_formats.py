@@ -13,6 +13,9 @@ import common
 import ppo
 import reward_model
 import sft
+from data import tiny_model
+from plumbing import rows as rows_
+from plumbing import scorers
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -32,7 +35,7 @@ CHAT = [
 
 def a_tokenizer(template=CHATML, eos="<|im_end|>"):
     texts = [text for row in DEMONSTRATIONS for text in row.values()]
-    tokenizer = sft.train_tokenizer(texts, vocab_size=310)
+    tokenizer = tiny_model.train_tokenizer(texts, vocab_size=310)
     tokenizer.add_special_tokens({"bos_token": "<|start|>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token, tokenizer.chat_template = eos, template
     return tokenizer
@@ -62,7 +65,7 @@ def test_one_conversation_has_the_same_ids_in_all_three_stages_with_one_bos_and_
     assert expected.count(tokenizer.bos_token_id) == 1 and answer.count(tokenizer.eos_token_id) == 1
 
     paths = [write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt}])]
-    (row,) = ppo.load_prompts(paths, tokenizer, ppo.Config(), "prompts")
+    (row,), _ = rows_.load_prompts(ppo.Config(prompts=paths, eval_prompts=paths), tokenizer)
     assert row.prompt_ids == expected and row == {"prompt": prompt}
     for row in ({"prompt": prompt, "completion": response}, {"prompt": prompt, "completion": "The owl sings."}):
         assert list(sft.encode_row(row, tokenizer, eos_ids, cfg)) == [(expected, answer)]
@@ -85,7 +88,7 @@ def test_each_turn_of_the_assistant_is_one_example_that_answers_the_chat_before_
     assert sft.row_dialogues({"messages": CHAT[2:]}) == [(CHAT[2:4], CHAT[4:5])]  # an opening answers nothing
     twice = CHAT[:3] + CHAT[2:3]  # the second of two answers in a row answers nothing
     assert sft.row_dialogues({"messages": twice}) == [(CHAT[:2], CHAT[2:3])]
-    assert reward_model.row_dialogues({"chosen": twice, "rejected": CHAT[:3] + CHAT[4:5]}) == (CHAT[:2], twice[2:], CHAT[2:3] + CHAT[4:5])
+    assert rows_.preference({"chosen": twice, "rejected": CHAT[:3] + CHAT[4:5]}) == (CHAT[:2], twice[2:], CHAT[2:3] + CHAT[4:5])
     for chat in (CHAT[:2], CHAT[2:3]):  # nobody answers; nothing is answered
         with pytest.raises(ValueError, match="without a message of the assistant"):
             sft.row_dialogues({"messages": chat})
@@ -136,10 +139,10 @@ def test_an_eos_within_the_words_of_a_response_cuts_nothing(words):
     (None, "has no chat template; write plain strings"),
 ])
 def test_a_template_that_cannot_take_a_chat_is_named_with_file_and_line(tmp_path, template, problem):
-    rows = common.read_rows([write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}])], [("messages",)])
+    rows = rows_.read_rows([write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}])], [("messages",)])
     tokenizer = a_tokenizer(template)
     with pytest.raises(common.UserError, match="chats.jsonl line 1") as error:
-        common.convert_rows(rows, lambda row: sft.encode_row(row, tokenizer, [], sft.Config()), "demonstrations")
+        rows_.convert(rows, lambda row: sft.encode_row(row, tokenizer, [], sft.Config()), "demonstrations")
     assert problem in str(error.value)
 
 
@@ -149,7 +152,7 @@ def test_a_template_that_cannot_take_a_chat_is_named_with_file_and_line(tmp_path
 ])
 def test_a_prompt_that_is_no_chat_to_answer_is_refused(tmp_path, row, problem):
     with pytest.raises(common.UserError, match="chats.jsonl line 1") as error:
-        ppo.load_prompts([write_rows(tmp_path / "chats.jsonl", [row])], a_tokenizer(), ppo.Config(), "prompts")
+        rows_.load_prompts(ppo.Config(prompts=[write_rows(tmp_path / "chats.jsonl", [row])]), a_tokenizer())
     assert problem in str(error.value)
 
 
@@ -163,7 +166,7 @@ def test_a_prompt_that_is_no_chat_to_answer_is_refused(tmp_path, row, problem):
 ])
 def test_pairs_that_are_no_two_answers_to_one_prompt_are_refused(row, problem):
     with pytest.raises(ValueError, match=problem):
-        reward_model.row_dialogues(row)
+        rows_.preference(row)
 
 
 @pytest.mark.parametrize("chosen, rejected, expected", [
@@ -175,13 +178,13 @@ def test_pairs_that_are_no_two_answers_to_one_prompt_are_refused(row, problem):
     ("one two\na", "one two\nb", ("one two", "\na", "\nb")), ("", "a", ("", "", "a")),
 ])
 def test_whole_texts_part_after_the_marker_or_before_the_word_that_differs(chosen, rejected, expected):
-    assert reward_model.split_texts(chosen, rejected) == expected
+    assert rows_.split_texts(chosen, rejected) == expected
     assert expected[0] + expected[1] == chosen and expected[0] + expected[2] == rejected
 
 
 def test_where_chats_differ_early_the_rest_holds_several_messages():
     chosen, rejected = CHAT, [*CHAT[:2], {"role": "assistant", "content": "Hm."}, *CHAT[3:]]
-    assert reward_model.row_dialogues({"chosen": chosen, "rejected": rejected}) == (CHAT[:2], chosen[2:], rejected[2:])
+    assert rows_.preference({"chosen": chosen, "rejected": rejected}) == (CHAT[:2], chosen[2:], rejected[2:])
     ((good, bad),) = reward_model.encode_row({"chosen": chosen, "rejected": rejected}, a_tokenizer(), [], sft.Config())
     decode = a_tokenizer().decode
     assert decode(good).endswith("The owl sings.<|im_end|>") and "Hm.<|im_end|>\n<|im_start|>user\nAn owl?" in decode(bad)
@@ -229,9 +232,9 @@ def test_a_preference_set_in_each_format_gives_the_same_reward_model_to_the_last
 
 def test_null_under_the_keys_of_another_format_is_as_good_as_no_key(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": None, "completion": None, "messages": CHAT, "id": None}, {"prompt": None, "chosen": "a b", "rejected": "a c"}])
-    rows = common.read_rows([path], [("prompt", "completion"), ("messages",), ("prompt", "chosen", "rejected"), ("chosen", "rejected")])
+    rows = rows_.read_rows([path], [("prompt", "completion"), ("messages",), ("prompt", "chosen", "rejected"), ("chosen", "rejected")])
     assert rows == [{"messages": CHAT, "id": None}, {"chosen": "a b", "rejected": "a c"}]
-    assert len(sft.row_dialogues(rows[0])) == 2 and reward_model.row_dialogues(rows[1]) == ("a", " b", " c")
+    assert len(sft.row_dialogues(rows[0])) == 2 and rows_.preference(rows[1]) == ("a", " b", " c")
 
 
 def test_rows_that_are_dropped_are_counted_by_reason(tmp_path, capsys):
@@ -239,8 +242,8 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path, capsys):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3 + [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2
     rows += [{"prompt": "a" * 99, "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c" * 99}]
     cfg = reward_model.Config(max_prompt_length=20, response_length=30)
-    rows = common.read_rows([write_rows(tmp_path / "pairs.jsonl", rows)], [("prompt", "chosen", "rejected")])
-    pairs = common.convert_rows(rows, lambda row: reward_model.encode_row(row, tokenizer, [], cfg), "preferences")
+    rows = rows_.read_rows([write_rows(tmp_path / "pairs.jsonl", rows)], [("prompt", "chosen", "rejected")])
+    pairs = rows_.convert(rows, lambda row: reward_model.encode_row(row, tokenizer, [], cfg), "preferences")
     assert len(pairs) == 3
     assert capsys.readouterr().out == (
         "  preferences: 7 rows read, 3 examples used; 2 dropped (chosen and rejected the same); 1 dropped (prompt above "
@@ -248,7 +251,7 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path, capsys):
     )
     with pytest.raises(common.UserError, match="7 rows read and none can be used; 5 dropped .* 2 dropped"):
         cfg = reward_model.Config(max_prompt_length=0)
-        common.convert_rows(rows, lambda row: reward_model.encode_row(row, tokenizer, [], cfg), "preferences")
+        rows_.convert(rows, lambda row: reward_model.encode_row(row, tokenizer, [], cfg), "preferences")
 
 
 def test_chats_go_through_all_three_stages_and_the_result_answers_a_chat(chat_world, tmp_path, run_stage):
@@ -307,11 +310,14 @@ def test_a_reward_model_in_the_same_chat_template_is_read_token_by_token(tmp_pat
     tiny_scalar(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
     policy = tiny_lm(vocab_size=len(tokenizer))
-    load = lambda policy_tokenizer: ppo.load_scorer(str(tmp_path / "rm"), ppo.Config(), policy, policy_tokenizer, torch.device("cpu"))
-    assert isinstance(load(a_tokenizer()), torch.nn.Module)
-    assert isinstance(load(a_tokenizer(HH)), ppo.TextScorer)  # the same tokens, but another template
+    load = lambda policy_tokenizer: scorers.load_scorer(str(tmp_path / "rm"), policy, policy_tokenizer, 8, trust_remote_code=False)
+    assert load(a_tokenizer()).reads_tokens
+    assert not load(a_tokenizer(HH)).reads_tokens  # the same tokens, but another template
 
 
-def test_the_example_of_a_format_in_an_error_is_valid_json():
+def test_the_example_of_a_format_in_an_error_is_valid_json(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
     for keys in (("messages",), ("prompt", "completion"), ("chosen", "rejected")):
-        assert set(json.loads(common._example(keys))) == set(keys)
+        with pytest.raises(common.UserError) as error:
+            rows_.read_rows([str(tmp_path / "empty.jsonl")], [keys])
+        assert set(json.loads(str(error.value).split("a line is like ")[1])) == set(keys)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ppo
 import reward_model
 import sft
+from data import tiny_model
 
 METRICS = {
     "iteration", "episodes", "score", "score_parts", "score_std", "true_reward", "kl", "kl_k3", "kl_coef", "entropy", "response_length",
@@ -112,7 +113,7 @@ def test_a_reward_model_is_no_policy(world, tmp_path, run_stage):
 
 
 def test_a_causal_lm_with_other_tokens_is_no_reward_model(world, tmp_path, run_stage):
-    tokenizer = sft.train_tokenizer(["quite other words"] * 9, 280)
+    tokenizer = tiny_model.train_tokenizer(["quite other words"] * 9, 280)
     tiny_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     flags = ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "other")
@@ -174,6 +175,7 @@ def test_a_bad_data_file_stops_each_stage_and_leaves_an_earlier_output_alone(wor
     output.mkdir()
     (output / "precious").write_text("kept")
     (output / "metrics.jsonl").write_text("")
+    (output / "args.json").write_text('{"written": []}')  # as a run leaves it
     flags = {"sft": ["--data", bad], "reward_model": ["--model", world / "sft", "--data", bad]}
     flags = flags.get(module.__name__) or ppo_flags(world, output, "--prompts", bad)
     refused(run_stage(module, *flags, "--output", output, "--overwrite"), module.__name__, "bad.jsonl line 1", "'question'", '"prompt": "..."')

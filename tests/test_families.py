@@ -63,8 +63,9 @@ def a_rollout(policy, temperature=0.7):
         return sample_tokens(step_logits, temperature)
 
     common.sample_tokens = recording
-    response = common.generate_responses(policy, prompts, prompt_mask, 12, temperature, to_the_full=True)
-    common.sample_tokens = sample_tokens
+    eos_ids, policy.generation_config.eos_token_id = policy.generation_config.eos_token_id, []  # nothing ends
+    response = common.generate_responses(policy, prompts, prompt_mask, 12, temperature)
+    common.sample_tokens, policy.generation_config.eos_token_id = sample_tokens, eos_ids
     response[0, 5:], response[1, 9:] = PAD, PAD  # as if an EOS had come there: both paddings occur
     response[0, 4], response[1, 8] = EOS, EOS
     sampled = (torch.stack(logits, 1) / temperature).log_softmax(-1).gather(-1, response[..., None]).squeeze(-1)
@@ -148,7 +149,7 @@ def test_junk_under_the_padding_changes_no_bit_of_loss_and_gradient(family, crit
     for junk in (PAD, 7):
         policy = make_lm(family)
         torch.manual_seed(3)
-        critic = make_scalar(family) if critic_kind == "separate" else torch.nn.Linear(policy.get_output_embeddings().in_features, 1)
+        critic = make_scalar(family) if critic_kind == "separate" else ppo.ValueHead(policy.get_output_embeddings().in_features, 1)
         tokens, attention_mask, mask, _ = a_rollout(policy)
         tokens = torch.where(attention_mask, tokens, junk)
         outputs = ppo.forward_responses(policy, critic, tokens, attention_mask, mask.shape[1], 0.7, True)
@@ -164,14 +165,17 @@ def test_rounding_a_frozen_models_matrices_changes_no_bit_under_autocast_and_hal
     policy, reward_model = make_lm(family), make_scalar(family)
     before = sum(p.nbytes for p in policy.parameters())
 
+    @torch.no_grad()
     def outputs():
-        with torch.no_grad(), common.arithmetic(tokens.device, "bf16"):
-            logprobs, _, entropy = ppo.forward_responses(policy, None, tokens, attention_mask, mask.shape[1], 0.7, True)
-            return logprobs, entropy, common.token_scores(reward_model, tokens, attention_mask)
+        logprobs, _, entropy = ppo.forward_responses(policy, None, tokens, attention_mask, mask.shape[1], 0.7, True)
+        return logprobs, entropy, common.token_scores(reward_model, tokens, attention_mask)
 
+    for model in (policy, reward_model):
+        common.place(model, tokens.device, "bf16")
+        assert all(p.dtype == torch.float32 for p in model.parameters())  # trained
     plain = outputs()
     for model in (policy, reward_model):
-        common.round_matrices(model)
+        common.place(model.requires_grad_(False), tokens.device, "bf16")
     assert all(torch.equal(a, b) for a, b in zip(plain, outputs(), strict=True))
     matrices = [m.weight for m in policy.modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight is not policy.get_input_embeddings().weight]
     assert matrices and all(weight.dtype == torch.bfloat16 for weight in matrices)
@@ -181,7 +185,7 @@ def test_rounding_a_frozen_models_matrices_changes_no_bit_under_autocast_and_hal
 
 @everywhere
 def test_a_shared_head_reads_the_hidden_state_that_the_lm_head_reads(family):
-    policy, head = make_lm(family), torch.nn.Linear(make_lm(family).get_output_embeddings().in_features, 1)
+    policy, head = make_lm(family), ppo.ValueHead(make_lm(family).get_output_embeddings().in_features, 1)
     seen = []
     policy.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     tokens, attention_mask, mask, _ = a_rollout(policy)

@@ -13,6 +13,8 @@ import common
 import ppo
 import reward_model
 import sft
+from plumbing import cli
+from plumbing import rows as rows_
 
 TEMPLATED, PLAIN = a_tokenizer(), a_tokenizer(None)
 CHATS = [{"messages": CHAT}, {"prompt": CHAT[:4], "completion": CHAT[4:]}, {"text": "A fox sees a cub."}]
@@ -27,11 +29,11 @@ NASTY = [
 def load(stage, path, tokenizer):
     """What the stage does with a data file, up to the model."""
     if stage == "ppo":
-        return ppo.load_prompts([path], tokenizer, ppo.Config(), path)
+        return rows_.load_prompts(ppo.Config(prompts=[path], eval_prompts=[path]), tokenizer)[0]
     module = {"sft": sft, "reward_model": reward_model}[stage]
     cfg = module.Config(data=[path], eval_data=[path])
-    rows, _ = module.load_data(cfg)
-    return common.convert_rows(rows, lambda row: module.encode_row(row, tokenizer, [1], cfg), path)
+    rows, _ = rows_.read_and_hold_out(cfg, module.FORMATS, most=512)
+    return rows_.convert(rows, lambda row: module.encode_row(row, tokenizer, [1], cfg))
 
 
 def mutate(rng, rows):
@@ -83,8 +85,8 @@ def test_a_line_of_ten_megabytes_is_read_in_seconds(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text(json.dumps({"chosen": text + " a", "rejected": text + " b"}) + "\n")
         began = time.monotonic()
-        (row,) = common.read_rows([str(path)], [("chosen", "rejected")])
-        assert reward_model.row_dialogues(row)[1:] == ((" a", " b") if name != "spaces" else (text + " a", text + " b"))
+        (row,) = rows_.read_rows([str(path)], [("chosen", "rejected")])
+        assert rows_.preference(row)[1:] == ((" a", " b") if name != "spaces" else (text + " a", text + " b"))
         assert time.monotonic() - began < 10
 
 
@@ -103,7 +105,7 @@ def test_mutated_argument_lists_give_a_config_or_one_message(module, tmp_path, m
             name = rng.choice([name] * 9 + [name.replace("-", "_"), name[:-1], name + "x", name.upper()])
             argv += [f"{name}={rng.choice(WORDS)}"] if rng.random() < 0.2 else [name, *rng.choices(WORDS, k=rng.choice([0, 1, 1, 1, 2]))]
         try:
-            module.check_config(common.parse_args(module.Config, "", argv))
+            getattr(module, "check_config", cli.check_ranges)(cli.parse_args(module.Config, "", argv))
             taken += 1
         except common.UserError as error:
             refused += 1

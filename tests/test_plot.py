@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, write_rows
 from test_cli import METRICS, refused
 
-import common
 import plot
+from plumbing import cli
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run_plot(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
         status = 0
         try:
-            with common.command_line():
+            with cli.command_line():
                 plot.main()
         except SystemExit as stop:
             status = stop.code
@@ -119,12 +119,12 @@ def test_runs_are_named_by_the_shortest_end_of_the_path_that_tells_them_apart(tm
 
 def test_the_stages_log_every_metric_that_is_drawn_and_name_the_same_healthy_range():
     for stage, panels in plot.PANELS.items():
-        source = (ROOT / stage).read_text(encoding="utf-8")
+        source = (ROOT / {"ppo.py": "plumbing/metrics.py"}.get(stage, stage)).read_text(encoding="utf-8")
         for key in {key for panel in panels for key in [panel.x, *panel.metrics]}:
             assert f'"{key}":' in source, (stage, key)
         logged = [stage for stage, mark in plot.MARKS.items() if f'"{mark}":' in source]
         assert logged[0] == stage  # the first mark decides
-    (line,) = [line for line in (ROOT / "ppo.py").read_text(encoding="utf-8").splitlines() if '"clip_fraction":' in line]
+    (line,) = [line for line in (ROOT / "plumbing" / "metrics.py").read_text(encoding="utf-8").splitlines() if '"clip_fraction":' in line]
     assert "0.01 to 0.2" in line and any("fraction 0.01 to 0.2" in panel.title for panel in plot.PANELS["ppo.py"])
 
 

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import common
 import ppo
+from plumbing import metrics
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, False, False]])
 
@@ -52,7 +54,7 @@ def naive_gae(rewards, values, length, gamma, lam):
 def test_gae_equals_its_definition(gamma, lam):
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in "rv")
-    advantages, returns = ppo.gae(rewards, values, MASK, gamma, lam)
+    advantages, returns, _ = ppo.gae(rewards, values, MASK, gamma, lam)
     for row, length in enumerate(MASK.sum(1).tolist()):
         expected = naive_gae(rewards[row].tolist(), values[row].tolist(), length, gamma, lam)
         close(advantages[row, :length], expected)
@@ -62,14 +64,14 @@ def test_gae_equals_its_definition(gamma, lam):
 
 def test_gae_with_lambda_one_is_reward_to_go_minus_value():
     rewards, values = float64([[1.0, 2.0, 4.0]]), float64([[0.5, 7.0, -3.0]])
-    advantages, returns = ppo.gae(rewards, values, torch.ones(1, 3).bool(), 1.0, 1.0)
+    advantages, returns, _ = ppo.gae(rewards, values, torch.ones(1, 3).bool(), 1.0, 1.0)
     close(returns, [[7.0, 6.0, 4.0]])
     close(advantages, [[6.5, -1.0, 7.0]])
 
 
 def test_gae_with_lambda_zero_is_the_one_step_error():
     rewards, values = float64([[1.0, 2.0, 4.0]]), float64([[0.5, 7.0, -3.0]])
-    advantages, _ = ppo.gae(rewards, values, torch.ones(1, 3).bool(), 0.5, 0.0)
+    advantages, _, _ = ppo.gae(rewards, values, torch.ones(1, 3).bool(), 0.5, 0.0)
     close(advantages, [[1 + 0.5 * 7 - 0.5, 2 + 0.5 * -3 - 7, 4 - -3]])
 
 
@@ -77,11 +79,12 @@ def test_bandit_gives_every_token_the_whole_return_minus_the_prompts_value():
     rewards = float64([[1.0, 2.0, 0.0, 3.0], [1.0, -4.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0]])
     values = float64([[0.5, 9.0, 9.0, 9.0], [1.0, 9.0, 9.0, 9.0], [0.25, 9.0, 9.0, 9.0]])
     arguments = rewards, values, MASK, 1.0, 0.95
-    advantages, returns, value_mask = ppo.estimate_advantages("bandit", *arguments)
+    assert ppo.ESTIMATORS["bandit"] == (ppo.bandit, ppo.bandit_value_loss) and ppo.ESTIMATORS["gae"] == (ppo.gae, ppo.value_loss)
+    advantages, returns, value_mask = ppo.bandit(*arguments)
     close(advantages, [[5.5, 5.5, 5.5, 5.5], [-4, -4, 0, 0], [0.25, 0, 0, 0]])
     close(returns, [[6, 6, 6, 6], [-3, -3, 0, 0], [0.5, 0, 0, 0]])
     assert value_mask.tolist() == [[True, False, False, False]] * 3
-    assert ppo.estimate_advantages("gae", *arguments)[2] is MASK
+    assert ppo.gae(*arguments)[2] is MASK
 
 
 @pytest.mark.parametrize("advantage", ["gae", "bandit"])
@@ -89,7 +92,7 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_counted_tokens(adv
     generator = torch.Generator().manual_seed(1)
     rewards, values = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in "rv")
     rewards = torch.where(MASK, rewards, 0.0)
-    advantages, _, _ = ppo.estimate_advantages(advantage, rewards, values, MASK, 1.0, 0.95)
+    advantages, _, _ = ppo.ESTIMATORS[advantage][0](rewards, values, MASK, 1.0, 0.95)
     counted = ppo.whiten(advantages, MASK)[MASK].tolist()
     mean = sum(counted) / len(counted)
     assert abs(mean) < 1e-12
@@ -123,7 +126,7 @@ def test_value_loss_takes_the_worse_of_the_plain_and_the_clipped_error():
 
 def test_the_bandits_value_loss_is_the_plain_squared_error():
     values = float64([1.0, 5.0]), torch.zeros(2).double(), float64([2.0, 2.0])
-    close(ppo.value_loss(*values, None), [1.0, 9.0])
+    close(ppo.bandit_value_loss(*values, 0.2), [1.0, 9.0])
 
 
 def test_total_loss_adds_up_over_micro_batches_by_hand():
@@ -143,8 +146,7 @@ def test_approx_kl_estimates_the_kl_from_old_to_new_policy():
     counts = torch.tensor([5, 3, 2])  # samples of the old policy in exact proportion
     ratio = (new / old).repeat_interleave(counts)
     zeros = torch.zeros_like(ratio)
-    statistics = ppo.update_statistics(zeros, zeros, ratio, 0.25, torch.tensor(10), torch.tensor(10))
-    named = dict(zip(ppo.STATISTICS, statistics.tolist()))
+    named = ppo.update_statistics(zeros, zeros, ratio, torch.tensor(10), torch.tensor(10), 0.25)
     assert abs(named["approx_kl"] - exact) < 1e-12
     assert abs(named["clip_fraction"] - 0.5) < 1e-12  # ratios 0.8 (inside), 0.667 and 2 (outside)
     assert abs(named["ratio"] - 1.0) < 1e-12  # the mean over old samples of new / old
@@ -153,9 +155,10 @@ def test_approx_kl_estimates_the_kl_from_old_to_new_policy():
 def test_update_statistics_divide_each_loss_by_its_own_count():
     ratio = torch.ones(4).double()
     statistics = ppo.update_statistics(
-        float64([1.0, 2, 3, 4]), float64([6.0]), ratio, 0.2, torch.tensor(8), torch.tensor(3)
+        float64([1.0, 2, 3, 4]), float64([6.0]), ratio, torch.tensor(8), torch.tensor(3), 0.2
     )
-    close(statistics, [10 / 8, 6 / 3, 0, 0, 4 / 8])
+    expected = {"policy_loss": 10 / 8, "value_loss": 6 / 3, "approx_kl": 0, "clip_fraction": 0, "ratio": 4 / 8}
+    assert {name: float(number) for name, number in statistics.items()} == expected
 
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1 + 0.1 * 0.064), (60, 1 + 0.2 * 0.064), (0, 1 - 0.2 * 0.064)])
@@ -186,10 +189,10 @@ def test_prompt_batches_use_every_prompt_before_any_comes_again():
 def test_batch_refuses_tensors_that_differ_from_its_table():
     good = dict(
         tokens=torch.zeros(2, 5).long(), attention_mask=torch.ones(2, 5).bool(), response_mask=torch.ones(2, 3).bool(),
-        value_mask=torch.ones(2, 3).bool(), **{name: torch.zeros(2, 3) for name in ("logprobs", "values", "advantages", "returns")},
+        value_mask=torch.ones(2, 3).bool(), **{name: torch.zeros(2, 3) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")},
     )
     assert [micro.tokens.shape for micro in ppo.Batch(**good).micro_batches(torch.tensor([1, 0]), 1)] == [(1, 5), (1, 5)]
-    for name, wrong in (("values", torch.zeros(2, 4)), ("returns", torch.zeros(2, 3).double()), ("tokens", torch.zeros(2, 5))):
+    for name, wrong in (("values", torch.zeros(2, 4)), ("ref_logprobs", torch.zeros(2, 4)), ("returns", torch.zeros(2, 3).double()), ("tokens", torch.zeros(2, 5))):
         with pytest.raises(AssertionError, match=name):
             ppo.Batch(**(good | {name: wrong}))
 
@@ -200,7 +203,7 @@ def test_micro_batches_hold_each_row_once_by_length_and_lose_no_token_that_count
     column = torch.arange(14)  # P = 6, R = 8
     attention_mask = (column >= 6 - num_prompt[:, None]) & (column < 6 + num_response[:, None])
     index = torch.tensor([3, 17, 0, 5, 9, 11, 2])
-    parts = list(ppo.parts_by_length(attention_mask, index, 3))
+    parts = list(common.parts_by_length(attention_mask, index, 3))
     order = torch.cat([rows for rows, _ in parts])
     assert [len(rows) for rows, _ in parts] == [3, 3, 1] and sorted(order.tolist()) == sorted(index.tolist())
     lengths = (num_prompt + num_response)[order]
@@ -214,9 +217,9 @@ def test_win_rate_counts_ties_half_and_prefers_the_judge():
     sample = lambda score, truth: {"score": score, "true_reward": truth, "kl": 1.0}
     old = [sample(0, 1), sample(0, 1), sample(0, 1), sample(0, 1)]
     new = [sample(9, 2), sample(9, 1), sample(9, 0), sample(9, 2)]
-    assert ppo.summarize(new, old)["win_rate"] == (1 + 0.5 + 0 + 1) / 4
+    assert metrics.summarize(new, old)["win_rate"] == (1 + 0.5 + 0 + 1) / 4
     blind = [[sample(s["score"], None) for s in samples] for samples in (new, old)]
-    assert ppo.summarize(*blind)["win_rate"] == 1.0 and ppo.summarize(*blind)["true_reward"] is None
+    assert metrics.summarize(*blind)["win_rate"] == 1.0 and metrics.summarize(*blind)["true_reward"] is None
 
 
 HEALTHY = dict(
@@ -231,12 +234,12 @@ HEALTHY = dict(
     ("negative", {"kl": -2.0}), ("gradient", {"grad_norm": math.nan}), ("gradient", {"critic_grad_norm": math.inf}),
 ])
 def test_each_symptom_has_its_warning_and_a_healthy_row_has_none(symptom, change):
-    assert ppo.health_warnings([HEALTHY]) == {}
-    assert list(ppo.health_warnings([HEALTHY | change])) == [symptom]
+    assert metrics.health_warnings([HEALTHY]) == {}
+    assert list(metrics.health_warnings([HEALTHY | change])) == [symptom]
 
 
 def test_the_critic_is_called_useless_only_after_ten_iterations():
     bad = HEALTHY | {"explained_variance": -0.1}
-    assert ppo.health_warnings([bad] * 9) == {}
-    assert list(ppo.health_warnings([bad] * 10)) == ["critic"]
-    assert ppo.health_warnings([bad] * 10 + [HEALTHY]) == {}
+    assert metrics.health_warnings([bad] * 9) == {}
+    assert list(metrics.health_warnings([bad] * 10)) == ["critic"]
+    assert metrics.health_warnings([bad] * 10 + [HEALTHY]) == {}

@@ -5,23 +5,27 @@ import json
 import os
 import pathlib
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, read_rows, tiny_scalar
 from test_cli import refused
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import common
 import ppo
 import reward_model
 import sft
+from plumbing import cli, folders, report
+from plumbing import rows as rows_
 
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
@@ -88,9 +92,11 @@ def test_a_run_that_stops_and_resumes_equals_one_that_does_not_bit_for_bit(stage
         assert status == 128 + signal.SIGTERM
         assert f"stopped; to go on: python {stage}.py --resume --output {tmp_path / 'parts'}" in err
     undo()
-    done = torch.load(tmp_path / "parts" / "trainer_state" / "state.pt", weights_only=True)
-    assert done["iterations_done" if stage == "ppo" else "steps_done"] == (3 if how == "asked to stop" else 2)
-    assert contents(tmp_path / "parts") != contents(tmp_path / "whole")
+    saved = 3 if how == "asked to stop" else 2
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    done = torch.load(tmp_path / "parts" / f"checkpoint-{saved}" / "trainer_state" / "state.pt", weights_only=True)
+    assert done["step"] == saved and not (tmp_path / "parts" / "config.json").exists()
+    AutoTokenizer.from_pretrained(tmp_path / "parts" / f"checkpoint-{saved}")  # an ordinary folder
     status, _, err = run_stage(module, "--resume", "--output", tmp_path / "parts")  # the command that was printed
     assert status == 0, err
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
@@ -110,7 +116,7 @@ def test_resume_starts_at_the_start_where_nothing_was_saved(stage, world, tmp_pa
     with pytest.raises(ZeroDivisionError):
         run_stage(module, *flags, "--output", tmp_path / "parts")
     undo()
-    assert not (tmp_path / "parts" / "config.json").exists()
+    assert sorted(os.listdir(tmp_path / "parts")) in (["args.json", "metrics.jsonl"], ["args.json", "metrics.jsonl", "samples.jsonl"])
     assert run_stage(module, "--resume", "--output", tmp_path / "parts")[0] == 0
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
     assert run_stage(module, *flags, "--resume", "--output", tmp_path / "new")[0] == 0  # nor is there a folder
@@ -137,14 +143,91 @@ def test_a_run_is_neither_overwritten_nor_mixed_up_unasked(stage, world, tmp_pat
     assert contents(output) != before
 
 
-def test_an_output_that_is_a_link_is_written_through_and_what_is_in_the_way_is_kept(world, tmp_path, run_stage):
+def test_an_output_that_is_a_link_is_written_through(world, tmp_path, run_stage):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "link")[0] == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
-    (tmp_path / "out.new-checkpoint").write_text("kept")
-    refused(run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out"), "ppo", "out.new-checkpoint is in the way of --output")
-    assert sorted(os.listdir(tmp_path)) == ["link", "out.new-checkpoint", "real"]
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_what_a_user_keeps_in_the_folder_survives_save_resume_overwrite_and_the_end(stage, world, tmp_path, run_stage, monkeypatch):
+    module, output = STAGES[stage], tmp_path / "out"
+
+    def keep():
+        (output / "notes.md").write_text("mine")
+        (output / "variant").mkdir(exist_ok=True)
+        (output / "variant" / "model.safetensors").write_text("mine too")
+        (output / "checkpoint-best").mkdir(exist_ok=True)
+
+    def is_kept():
+        return (output / "notes.md").read_text() == "mine" and (output / "variant" / "model.safetensors").read_text() == "mine too" and (output / "checkpoint-best").is_dir()
+
+    undo = interrupt(monkeypatch, module, 1, keep)
+    assert run_stage(module, *flags_of(stage, world), "--output", output)[0] == 0 and is_kept()
+    undo()
+    undo = interrupt(monkeypatch, module, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_stage(module, *flags_of(stage, world), "--output", output, "--overwrite", "--seed", 1)[0] == 128 + signal.SIGTERM and is_kept()
+    undo()
+    status, _, err = run_stage(module, "--resume", "--output", output)
+    assert status == 0 and is_kept(), err
+
+
+def test_a_folder_that_no_run_or_one_of_the_former_form_wrote_is_neither_resumed_nor_overwritten(world, tmp_path, run_stage):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "metrics.jsonl").write_text("mine")
+    shutil.copytree(world / "sft", tmp_path / "former")
+    (tmp_path / "former" / "metrics.jsonl").write_text("")
+    (tmp_path / "former" / "args.json").write_text(json.dumps({"epochs": 2}))
+    (tmp_path / "former" / "trainer_state").mkdir()
+    for name in ("project", "former"):
+        before = sorted(str(path) for path in (tmp_path / name).rglob("*"))
+        for how in ("--resume", "--overwrite"):
+            result = run_stage(sft, *flags_of("sft", world), "--output", tmp_path / name, how)
+            refused(result, "sft", "holds files of something else, or a run of an earlier version; name a new folder")
+        assert before == sorted(str(path) for path in (tmp_path / name).rglob("*"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_output_that_is_not_finished_is_not_taken_by_the_next_stage(stage, world, tmp_path, run_stage, monkeypatch):
+    undo = interrupt(monkeypatch, sft, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run_stage(sft, *flags_of("sft", world), "--output", tmp_path / "sft")
+    undo()
+    flags = [tmp_path / "sft" if flag == world / "sft" else flag for flag in flags_of(stage, world)]
+    refused(run_stage(STAGES[stage], *flags, "--output", tmp_path / "out"), stage, f"{tmp_path / 'sft'} is not finished; --resume --output {tmp_path / 'sft'} goes on")
+    flags = [tmp_path / "sft" / "checkpoint-3" if flag == tmp_path / "sft" else flag for flag in flags]
+    assert run_stage(STAGES[stage], *flags, "--output", tmp_path / "out")[0] == 0  # who names the checkpoint means it
+
+
+def test_a_run_goes_on_under_another_spelling_and_from_another_place_and_the_printed_command_is_one_for_a_shell(world, tmp_path, run_stage, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of("ppo", world)
+    undo = interrupt(monkeypatch, ppo, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    _, _, err = run_stage(ppo, *flags, "--output", "my run")
+    undo()
+    command = err[err.index("to go on: ") :].splitlines()[0].removeprefix("to go on: ")
+    assert shlex.split(command) == ["python", "ppo.py", "--resume", "--output", "my run"]
+    for number, spelling in enumerate(("./my run", tmp_path / "my run")):
+        status, _, err = run_stage(ppo, "--resume", "--output", spelling, "--iterations", 6 + number)
+        assert status == 0, err
+    shutil.move("my run", "moved")
+    assert run_stage(ppo, "--resume", "--output", "moved", "--iterations", 8)[0] == 0
+    assert len([row for row in read_rows("moved/metrics.jsonl") if "split" not in row]) == 8
+
+
+def test_nothing_of_an_overwritten_run_stays_beside_the_new_one(world, tmp_path, run_stage):
+    output = tmp_path / "out"
+    assert run_stage(ppo, *flags_of("ppo", world), "--output", output)[0] == 0
+    (output / "model.safetensors").rename(output / "model-00001-of-00001.safetensors")  # as if it had been sharded
+    args = json.loads((output / "args.json").read_text())
+    args["written"] = [name.replace("model.safetensors", "model-00001-of-00001.safetensors") if "/" not in name else name for name in args["written"]]
+    (output / "args.json").write_text(json.dumps(args))
+    assert run_stage(ppo, *flags_of("ppo", world, "--critic", "shared"), "--output", output, "--overwrite")[0] == 0
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert not {"model-00001-of-00001.safetensors", "critic/model.safetensors", "critic/config.json"} & files
+    assert {"model.safetensors", "critic/value_head.safetensors"} <= files
+    assert files == {*json.loads((output / "args.json").read_text())["written"], "args.json", "metrics.jsonl", "samples.jsonl"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -182,59 +265,97 @@ def test_the_second_signal_ends_at_once_and_leaves_the_last_checkpoint(world, tm
     status, _, err = run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out")
     undo()
     assert status == 130 and "interrupted" in err
-    assert torch.load(tmp_path / "out" / "trainer_state" / "state.pt", weights_only=True)["iterations_done"] == 2
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("moment", ["models", "state", "between the renames"])
-def test_a_kill_within_a_save_leaves_the_last_checkpoint_to_resume_from(moment, world, tmp_path, run_stage, monkeypatch):
+class Killed(BaseException):
     """SIGKILL runs no clean-up, so the folders are left as they are at that moment."""
-    assert run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "whole")[0] == 0
-    output = tmp_path / "parts"
 
-    class Killed(BaseException):
-        pass
 
-    saves, save, rename = [], torch.save, pathlib.Path.rename
+def kill_at(monkeypatch, moment):
+    """Make the second save, or the end, of the next run stop at this moment as a kill would."""
+    calls = {"save": 0}
+    save, rename, copytree, replace, write_args = torch.save, pathlib.Path.rename, shutil.copytree, os.replace, folders.write_args
 
     def die(*arguments, **options):
+        monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
         raise Killed
 
     def save_or_die(state, path, **options):
-        saves.append(path)
-        if len(saves) == 2 and moment == "state":
-            monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
+        calls["save"] += 1
+        if calls["save"] == 2 and moment == "state":
             pathlib.Path(path).write_bytes(b"half")
             die()
         return save(state, path, **options)
 
     def rename_or_die(self, target):
-        if len(saves) == 2 and moment == "between the renames" and self.name.endswith(".new-checkpoint"):
-            monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
+        second = calls["save"] == 2 and self.name.endswith(".partial")
+        if second and moment == "before the rename" or self.name == "checkpoint-2" and moment == "before the older one goes":
             die()
-        return rename(self, target)
+        renamed = rename(self, target)
+        if second and moment == "after the rename" or self.name == "checkpoint-2" and moment == "older one half gone":
+            die()
+        if self.name == "checkpoint-6" and moment == "end: half gone":
+            die()
+        return renamed
+
+    def write_args_or_die(folder, cfg, names):
+        if names and moment == "end: before the list":
+            die()
+        write_args(folder, cfg, names)
+        if names and moment == "end: after the list":
+            die()
+
+    def copytree_or_die(source, target, *arguments, **options):
+        if moment == "end: half copied":
+            shutil.copyfile(source / "config.json", target / "config.json")
+            die()
+        return copytree(source, target, *arguments, **options)
+
+    def replace_or_die(source, target):
+        replace(source, target)
+        if moment == "end: state moved" and pathlib.Path(target).name == "trainer_state":
+            die()
 
     monkeypatch.setattr(torch, "save", save_or_die)
     monkeypatch.setattr(pathlib.Path, "rename", rename_or_die)
+    monkeypatch.setattr(folders, "write_args", write_args_or_die)
+    monkeypatch.setattr(shutil, "copytree", copytree_or_die)
+    monkeypatch.setattr(os, "replace", replace_or_die)
     if moment == "models":
-        original = ppo.save_checkpoint
+        def half(model, folder, *arguments, **options):
+            (pathlib.Path(folder) / "config.json").write_text("{}")
+            if calls["save"] == 1:
+                die()
+            return original(model, folder, *arguments, **options)
 
-        def save_checkpoint(cfg, policy, *arguments, **more):
-            if saves:
-                monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
-                monkeypatch.setattr(policy, "save_pretrained", lambda folder: (folder / "config.json").write_text("{}") and die())
-            return original(cfg, policy, *arguments, **more)
+        original = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
 
-        monkeypatch.setattr(ppo, "save_checkpoint", save_checkpoint)
+
+SAVES = ["models", "state", "before the rename", "after the rename", "before the older one goes", "older one half gone"]
+ENDS = ["end: before the list", "end: after the list", "end: half copied", "end: state moved", "end: half gone"]
+
+
+@pytest.mark.parametrize("stage, moment", [("ppo", moment) for moment in SAVES + ENDS] + [("sft", moment) for moment in SAVES + ENDS if moment != "end: state moved"])
+def test_a_kill_within_a_save_or_the_end_leaves_a_checkpoint_to_resume_from(stage, moment, world, tmp_path, run_stage, monkeypatch):
+    module, output = STAGES[stage], tmp_path / "parts"
+    assert run_stage(module, *flags_of(stage, world), "--output", tmp_path / "whole")[0] == 0
+    kill_at(monkeypatch, moment)
     with pytest.raises(Killed):
-        run_stage(ppo, *flags_of("ppo", world), "--output", output)
-    assert (tmp_path / "parts.new-checkpoint").exists() and output.exists() == (moment != "between the renames")
+        run_stage(module, *flags_of(stage, world), "--output", output)
     monkeypatch.undo()
-    clip, steps = ppo.clip_grad_norm_, []
-    monkeypatch.setattr(ppo, "clip_grad_norm_", lambda *arguments: steps.append(None) or clip(*arguments))
-    status, _, err = run_stage(ppo, *flags_of("ppo", world), "--resume", "--output", output)
-    assert status == 0 and len(steps) == 4 * 16, err  # from iteration 2 on, and not from the start
+    if moment not in ("end: state moved", "end: half gone"):
+        status, _, err = run_stage(sft, *flags_of("sft", world), "--model", output, "--output", tmp_path / "next")
+        assert status == 2 and f"{output} is not finished" in err.splitlines()[-1]
+    clip, steps = module.clip_grad_norm_, []
+    monkeypatch.setattr(module, "clip_grad_norm_", lambda *arguments: steps.append(None) or clip(*arguments))
+    status, out, err = run_stage(module, "--resume", "--output", output)
+    first = {"models": 2, "state": 2, "before the rename": 2}.get(moment, 6 if moment in ENDS else 4)
+    assert status == 0 and len(steps) == (6 - first) * (16 if stage == "ppo" else 1), err  # from the checkpoint on, and not from the start
     assert contents(output) == contents(tmp_path / "whole") and sorted(os.listdir(tmp_path)) == ["parts", "whole"]
+    assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -251,7 +372,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(sta
     monkeypatch.setattr(torch, "save", full)
     result = run_stage(module, *flags_of(stage, world), "--output", output)
     assert result[0] == 2 and "No space left on device" in result[2] and f"python {stage}.py --resume --output {output}" in result[2]
-    assert "Traceback" not in result[2] and not (tmp_path / "out.new-checkpoint").exists()
+    assert "Traceback" not in result[2] and [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.setattr(torch, "save", save)
     assert run_stage(module, "--resume", "--output", output)[0] == 0
 
@@ -262,7 +383,7 @@ def test_a_damaged_state_is_refused_and_nothing_in_it_is_run(damage, world, tmp_
     flags = [*flags_of("sft", world), "--output", tmp_path / "out"]
     run_stage(sft, *flags)
     undo()
-    path = tmp_path / "out" / "trainer_state" / "state.pt"
+    path = tmp_path / "out" / "checkpoint-3" / "trainer_state" / "state.pt"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:1000])
     elif damage == "pickle":
@@ -274,7 +395,8 @@ def test_a_damaged_state_is_refused_and_nothing_in_it_is_run(damage, world, tmp_
         pickle.loads(pickle.dumps(1))
     else:
         (tmp_path / "out" / "args.json").write_text("[1]")
-    refused(run_stage(sft, *flags, "--resume"), "sft", "can't re")
+    words = "can't read" if damage == "other flags" else "can't resume from"
+    refused(run_stage(sft, *flags, "--resume"), "sft", words)
     assert not (tmp_path / "ran").exists()
 
 
@@ -335,36 +457,33 @@ def test_three_gradients_in_a_row_that_are_not_finite_end_the_run_two_do_not(sta
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-@pytest.mark.parametrize("where, phase, flag", [
-    ("generate_responses", "sampling", "--batch-size"), ("token_scores", "scoring", "--microbatch-size"),
-    ("kept_bytes", "a trial of three rows", "--response-length"),
+def out_of_memory(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("stage, owner, name, phase, when, advice", [
+    ("ppo", torch.nn.Module, "to", "loading", "before the first iteration", "use a smaller model"), ("sft", torch.nn.Module, "to", "loading", "before the first iteration", "use a smaller model"),
+    ("ppo", common, "generate_responses", "evaluation", "before the first iteration", "halve --microbatch-size; in ppo.py, --batch-size"),
+    ("ppo", ppo, "decode_responses", "rollout", "in iteration 1", "halve --batch-size"), ("ppo", ppo, "score_responses", "score", "in iteration 1", "halve --microbatch-size"),
+    ("ppo", ppo, "evaluate_tokens", "log-probabilities", "in iteration 1", "halve --microbatch-size"),
+    ("ppo", ppo, "policy_loss", "backward", "in iteration 1", "halve --microbatch-size, or try --gradient-checkpointing"),
+    ("ppo", torch.optim.Adam, "step", "optimizer step", "in iteration 1", "in ppo.py, --critic shared"),
+    ("sft", torch.optim.AdamW, "step", "optimizer step", "in iteration 1", "use a smaller model"),
+    ("sft", torch.Tensor, "backward", "backward", "in iteration 1", "halve --microbatch-size, or try"), ("reward_model", reward_model, "preference_loss", "backward", "in iteration 1", "halve --microbatch-size, or try"),
+    ("reward_model", reward_model, "score_pairs", "evaluation", "in iteration 6", "halve --microbatch-size"),
 ])
-def test_out_of_memory_names_the_phase_the_sizes_and_the_flag_to_halve(where, phase, flag, world, tmp_path, run_stage, monkeypatch):
-    def fail(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(common, where, fail)
-    if where == "token_scores":
-        monkeypatch.setattr(ppo, "estimate_memory", lambda *arguments: {})
-    result = run_stage(ppo, *flags_of("ppo", world), "--output", tmp_path / "out")
-    refused(result, "ppo", f"out of memory in {phase}, with --batch-size 8, --microbatch-size 32, --max-prompt-length 512, --response-length 6; halve {flag}")
-    assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("where, words", [
-    ("load", "out of memory while loading; use a smaller model"), ("clip", "out of memory in the update, with --batch-size 8, "),
-])
-def test_out_of_memory_while_loading_is_not_blamed_on_the_update(where, words, stage, world, tmp_path, run_stage, monkeypatch):
-    def fail(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    if where == "load":
-        monkeypatch.setattr(torch.nn.Module, "to", fail)
+def test_out_of_memory_names_the_phase_the_sizes_and_what_helps(stage, owner, name, phase, when, advice, world, tmp_path, run_stage, monkeypatch):
+    if phase in ("rollout", "score", "log-probabilities"):  # these functions serve the evaluation before, too
+        original = getattr(owner, name)
+        late = lambda *arguments, **options: out_of_memory() if cli.now_in["phase"] == phase else original(*arguments, **options)
+        monkeypatch.setattr(owner, name, late)
     else:
-        monkeypatch.setattr(STAGES[stage], "clip_grad_norm_", fail)
+        monkeypatch.setattr(owner, name, out_of_memory)
     status, _, err = run_stage(STAGES[stage], *flags_of(stage, world), "--output", tmp_path / "out")
-    assert status == 2 and err.strip().splitlines()[-1].startswith(f"{stage}.py: error: {words}"), err
+    line = err.strip().splitlines()[-1]
+    assert status == 2 and line.startswith(f"{stage}.py: error: out of memory ({phase}, {when}): ") and advice in line, err
+    assert phase == "loading" or "--batch-size 8 --microbatch-size" in line and "--max-prompt-length 512" in line
+    assert "Tried to allocate 2.00 GiB" in line
 
 
 def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
@@ -385,31 +504,47 @@ def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
     assert json.loads((tmp_path / "parts" / "args.json").read_text())["epochs"] == 40
 
 
-def test_the_rehearsal_takes_prompts_of_one_token(world):
-    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=4, minibatch_size=2, microbatch_size=1, response_length=1)
-    tokenizer, cpu, row = common.load_tokenizer(cfg.policy), torch.device("cpu"), common.Row(prompt="A")
-    row.prompt_ids = [5]
-    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, [row], cpu)
-    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()])
-    ppo.rehearse(policy, critic, ref_policy, scorers, optimizer, [row], cfg, cpu)
-    assert sum(ppo.estimate_memory(policy, critic, ref_policy, scorers, [row], cfg, cpu).values()) > 0
-
-
-def test_the_rehearsal_runs_the_longest_batch_and_leaves_everything_as_it_was(world):
-    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=6, minibatch_size=3, microbatch_size=3, response_length=9)
-    tokenizer, cpu = common.load_tokenizer(cfg.policy), torch.device("cpu")
-    rows = ppo.load_prompts([str(world / "prompts.jsonl")], tokenizer, cfg, "prompts")
-    policy, ref_policy, critic, scorers = ppo.load_models(cfg, tokenizer, rows, cpu)
-    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1.0)
-    before = [p.clone() for m in (policy, critic) for p in m.parameters()]
-    random_state, shapes = torch.get_rng_state(), []
-    policy.model.register_forward_pre_hook(lambda module, arguments, options: shapes.append(options["input_ids"].shape), with_kwargs=True)
-    ppo.rehearse(policy, critic, ref_policy, scorers, optimizer, rows, cfg, cpu)
-    longest = max(len(row.prompt_ids) for row in rows)
-    assert (6, longest) in shapes and shapes.count((3, longest + 8)) == 3  # sampled at 6; scored twice and trained once at 3
-    assert all(torch.equal(p, q) for p, q in zip(before, [p for m in (policy, critic) for p in m.parameters()]))
+def rehearse_on_cpu(monkeypatch, cfg, rows):
+    """ppo.rehearse as on CUDA; (models, what was run of the policy, phases in order)."""
+    fork_rng = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *arguments, devices=(), **options: fork_rng(*arguments, devices=[], **options))
+    monkeypatch.setattr(report, "measured_peak", lambda device: phases.append("told"))
+    tokenizer, shapes, phases = common.load_tokenizer(cfg.policy), [], []
+    run = types.SimpleNamespace(cfg=cfg, device=types.SimpleNamespace(type="cuda"), phase=phases.append)
+    models = ppo.load_models(cfg, tokenizer, rows, torch.device("cpu"))
+    optimizer = torch.optim.Adam([*models[0].parameters(), *models[2].parameters()], lr=1.0)
+    before = [p.clone() for m in (models[0], models[2]) for p in m.parameters()]
+    models[0].model.register_forward_pre_hook(lambda module, arguments, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True)
+    random_state = torch.get_rng_state()
+    ppo.rehearse(run, *models, optimizer, rows)
+    after = [p for m in (models[0], models[2]) for p in m.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True)) and all(p.grad is None for p in after)
     assert torch.equal(random_state, torch.get_rng_state()) and not optimizer.state
-    assert all(p.grad is None for p in policy.parameters())
+    assert models[0].generation_config.eos_token_id == [tokenizer.eos_token_id]
+    return models, shapes, phases
+
+
+def test_the_rehearsal_takes_prompts_of_one_token_and_leaves_everything_as_it_was(world, monkeypatch):
+    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=4, minibatch_size=2, microbatch_size=1, response_length=1)
+    row = rows_.Row(prompt="A")
+    row.prompt_ids = [5]
+    _, shapes, _ = rehearse_on_cpu(monkeypatch, cfg, [row])
+    assert shapes[0] == (4, 1)
+
+
+def test_the_rehearsal_runs_the_longest_batch_at_full_length_and_names_its_phases(world, monkeypatch):
+    prompts = [str(world / "prompts.jsonl")]
+    cfg = ppo.Config(policy=str(world / "sft"), reward=[str(world / "reward_model")], batch_size=6, minibatch_size=3, microbatch_size=3, response_length=9, prompts=prompts, eval_prompts=prompts)
+    rows, _ = rows_.load_prompts(cfg, common.load_tokenizer(cfg.policy))
+    _, shapes, phases = rehearse_on_cpu(monkeypatch, cfg, rows)
+    longest = max(len(row.prompt_ids) for row in rows)
+    assert shapes[:9] == [(6, longest)] + [(6, 1)] * 8 and shapes[9:] == [(3, longest + 8)] * 3  # sampled at 6; scored twice and trained once at 3
+    assert phases == ["optimizer step", "rollout", "score", "log-probabilities", "backward", "told"]
+
+
+def test_on_a_cpu_nothing_is_rehearsed(monkeypatch):
+    monkeypatch.setattr(ppo, "sample_responses", None)
+    ppo.rehearse(types.SimpleNamespace(device=torch.device("cpu")), None, None, None, None, None, None)
 
 
 def test_weights_that_are_not_finite_are_named_and_logits_that_are_not_name_the_iteration(world, tmp_path, run_stage, monkeypatch):
@@ -466,7 +601,7 @@ def test_what_fails_after_the_last_step_loses_no_training(stage, world, tmp_path
     monkeypatch.setattr(module, "clip_grad_norm_", lambda *arguments: steps.append(None) or clip(*arguments))
     status, out, err = run_stage(module, "--resume", "--output", output)
     assert status == 0 and not steps and "resumed after 6 iterations" in out, err
-    assert contents(output) == contents(tmp_path / "whole") and not (output / "trainer_state").exists()
+    assert contents(output) == contents(tmp_path / "whole") and not (output / "trainer_state").exists() and not list(output.glob("checkpoint-*"))
 
 
 def test_data_that_have_changed_since_the_run_began_are_noticed(world, tmp_path, run_stage, monkeypatch):

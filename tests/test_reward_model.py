@@ -9,6 +9,7 @@ from conftest import read_rows, tiny_scalar
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import ppo
 import reward_model
 
 PAIRS = [([5, 6, 7, 1], [5, 6, 8, 9, 10, 1]), ([4, 1], [4, 0, 0]), ([5, 6, 11, 11, 11, 11, 1], [5, 6, 1])]
@@ -23,7 +24,7 @@ def test_preference_loss_by_hand():
 
 def test_score_is_read_at_the_last_attended_token_alone_or_beside_longer_texts():
     model = tiny_scalar()  # reward_mean 0.25, reward_std 2
-    scores = torch.stack(reward_model.pair_scores(model, PAIRS, pad_id=0, device="cpu"), 1)
+    scores = torch.stack(reward_model.pair_scores(model, PAIRS, pad_id=0), 1)
     for row, pair in enumerate(PAIRS):
         for column, ids in enumerate(pair):
             hidden = model.model(torch.tensor([ids])).last_hidden_state
@@ -34,7 +35,7 @@ def test_score_is_read_at_the_last_attended_token_alone_or_beside_longer_texts()
 def test_transformers_own_forward_agrees_on_texts_without_pad_tokens():
     model = tiny_scalar()
     for chosen, _ in PAIRS:
-        ours = reward_model.pair_scores(model, [(chosen, chosen)], 0, "cpu")[0].item()
+        ours = reward_model.pair_scores(model, [(chosen, chosen)], 0)[0].item()
         theirs = model(torch.tensor([chosen])).logits.item()
         assert abs(ours - (theirs - 0.25) / 2.0) < 1e-5
 
@@ -43,7 +44,7 @@ def test_junk_in_the_padding_leaves_loss_and_gradients_bit_identical():
     results = []
     for junk in (0, 7):
         model = tiny_scalar()
-        loss = reward_model.preference_loss(*reward_model.pair_scores(model, PAIRS, junk, "cpu")).sum()
+        loss = reward_model.preference_loss(*reward_model.pair_scores(model, PAIRS, junk)).sum()
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -97,10 +98,10 @@ def test_calibration_bins_by_size_and_promises_the_mean_probability():
 
 
 def test_scores_come_back_in_the_order_of_the_pairs():
-    model, cfg = tiny_scalar(), reward_model.Config(microbatch_size=2)
-    together = reward_model.score_pairs(model, PAIRS, cfg, 0, torch.device("cpu"), None)
+    model = tiny_scalar()
+    together = reward_model.score_pairs(model, PAIRS, 2, 0)
     for row, pair in enumerate(PAIRS):
-        alone = reward_model.score_pairs(model, [pair], cfg, 0, torch.device("cpu"), None)
+        alone = reward_model.score_pairs(model, [pair], 2, 0)
         assert all(abs(together[side][row] - alone[side][0]) < 1e-5 for side in (0, 1))
 
 
@@ -143,4 +144,7 @@ def test_nothing_is_kept_of_a_model_that_reads_back_differently(world, tmp_path,
 
     monkeypatch.setattr(common, "load_scalar_model", broken)
     status, _, err = run_stage(reward_model, "--model", world / "sft", "--data", world / "pairs.jsonl", "--output", tmp_path / "rm", "--device", "cpu")
-    assert status == 2 and "not kept" in err and "trainer_state" in os.listdir(tmp_path / "rm")  # so ppo.py refuses it
+    assert status == 2 and "not kept" in err and "config.json" not in os.listdir(tmp_path / "rm")
+    flags = ["--policy", world / "sft", "--reward", tmp_path / "rm", "--prompts", world / "prompts.jsonl", "--output", tmp_path / "ppo"]
+    status, _, err = run_stage(ppo, *flags)
+    assert status == 2 and f"{tmp_path / 'rm'} is not finished" in err

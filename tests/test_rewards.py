@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import common
 import ppo
 import sft
+from plumbing import scorers
 
 CPU = torch.device("cpu")
 TEXTS = [("A fox meets a cub.", " The fox helps the cub."), ("An owl.", " It sings and sings and sings."), ("A bear?", "")]
@@ -55,10 +56,12 @@ def save_encoder(path, kind="bert"):
     return model, tokenizer
 
 
-def scorer(path, world, **changes):
+def scorer(path, world, microbatch_size=32):
     policy_tokenizer = common.load_tokenizer(str(world / "sft"))
     policy = common.load_causal_lm(str(world / "sft"), policy_tokenizer)
-    return ppo.load_scorer(str(path), ppo.Config(**changes), policy, policy_tokenizer, CPU)
+    loaded = scorers.load_scorer(str(path), policy, policy_tokenizer, microbatch_size, trust_remote_code=False)
+    common.place(loaded.model, CPU, "auto")
+    return lambda prompts, responses: loaded(None, None, [{"prompt": prompt} for prompt in prompts], responses)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -281,5 +284,10 @@ def test_tensorboard_that_is_not_installed_is_named(world, tmp_path, run_stage, 
 
 def test_a_reward_model_that_is_not_finished_is_refused(world, tmp_path, run_stage):
     shutil.copytree(world / "reward_model", tmp_path / "rm")
-    (tmp_path / "rm" / "trainer_state").mkdir()
-    refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "rm")), "ppo", "is not finished; python reward_model.py --resume --output")
+    for begun in ("written", "not yet"):  # a checkpoint beside files that are written; and nothing but flags
+        shutil.copytree(tmp_path / "rm", tmp_path / begun)
+        (tmp_path / begun / "args.json").write_text(json.dumps({"written": ["model.safetensors"] if begun == "written" else []}))
+        (tmp_path / begun / "checkpoint-5" / "trainer_state").mkdir(parents=True)
+        flags = ppo_flags(world, tmp_path / "out", "--reward", tmp_path / begun)
+        refused(run_stage(ppo, *flags), "ppo", f"is not finished; --resume --output {tmp_path / begun} goes on with it")
+        assert not (tmp_path / "out").exists()

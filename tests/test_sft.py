@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import sft
+from data import tiny_model
+from plumbing import cli
 
 EXAMPLES = [([5, 6, 7], [8, 1]), ([5], [9, 10, 11, 1]), ([], [4, 1])]
 
@@ -32,8 +34,7 @@ def test_loss_is_the_sum_of_each_completion_tokens_surprise_computed_one_by_one(
     nll = sft.completion_nll(model, *sft.collate(EXAMPLES, pad_id=0)).item()
     assert abs(nll - expected) < 1e-4
     num_tokens = 2 + 4 + 1
-    cfg = sft.Config(microbatch_size=2)
-    assert abs(sft.evaluate(model, EXAMPLES, cfg, 0, torch.device("cpu")) - expected / num_tokens) < 1e-5
+    assert abs(sft.evaluate(model, EXAMPLES, 2, 0) - expected / num_tokens) < 1e-5
 
 
 def test_junk_in_the_padding_leaves_loss_and_gradients_bit_identical():
@@ -99,7 +100,7 @@ def test_plain_text_rows_are_completions_of_nothing():
 
 
 def test_a_lone_eos_is_dropped_since_nothing_predicts_it():
-    tokenizer, cfg = sft.train_tokenizer(["a"], 300), sft.Config()
+    tokenizer, cfg = tiny_model.train_tokenizer(["a"], 300), sft.Config()
     rows = [{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]
     examples = [list(sft.encode_row(row, tokenizer, [1], cfg)) for row in rows]
     assert examples[0] == ["empty"] and [len(x + y) for (x, y), in examples[1:]] == [2, 2]
@@ -116,7 +117,8 @@ def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage)
 def test_batches_hold_rows_of_like_length_each_row_once_in_new_orders():
     lengths = torch.randint(1, 200, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
     generator = torch.Generator().manual_seed(0)
-    first, second = (common.length_bucketed(lengths, 16, generator) for _ in range(2))
+    batches = common.epochs_by_length(lengths, 16, generator)
+    first, second = ([next(batches) for _ in range(63)] for _ in range(2))
     assert sorted(sum(first, [])) == list(range(1000)) and first != second
     spread = lambda batch: max(lengths[i] for i in batch) - min(lengths[i] for i in batch)
     assert sum(map(spread, first)) / len(first) < 20  # 175 or so at random
@@ -126,9 +128,9 @@ def test_batches_hold_rows_of_like_length_each_row_once_in_new_orders():
 
 def test_the_learning_rate_follows_the_models_size_unless_given():
     model = tiny_lm()
-    assert common.by_size(None, sft.LR_BY_SIZE, model) == 3e-3
-    assert common.by_size(1e-7, sft.LR_BY_SIZE, model) == 1e-7
+    assert cli.by_size(None, sft.LR_BY_SIZE, model) == 3e-3
+    assert cli.by_size(1e-7, sft.LR_BY_SIZE, model) == 1e-7
     huge = torch.nn.Linear(1, 1)
     huge.parameters = lambda: [torch.empty(1_500_000_000, device="meta")]
-    assert common.by_size(None, sft.LR_BY_SIZE, huge) == 3e-6
+    assert cli.by_size(None, sft.LR_BY_SIZE, huge) == 3e-6
     assert math.isinf(sft.LR_BY_SIZE[-1][0])

@@ -1,0 +1,1 @@
+"""Nothing here is about RLHF, and no equation names it: flags, files, logs, the screen."""

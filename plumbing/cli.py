@@ -1,0 +1,224 @@
+"""A stage's Config dataclass as its command line, and one line in place of every traceback."""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import pathlib
+import shlex
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import huggingface_hub
+import torch
+import transformers
+
+from common import UserError, is_out_of_memory
+
+DATA = pathlib.Path(__file__).resolve().parent.parent / "data"  # the embedded world
+flag_of = lambda name: "--" + name.replace("_", "-")  # --max-grad-norm of max_grad_norm
+
+
+# === Flags ========================================================================================
+def arg(default, help, low=None, high=None, heading=None):
+    """One flag: its default, its help, its least and greatest value; `heading` opens a group."""
+    metadata = {"help": help.replace("%", "%%"), "range": (low, high), "heading": heading}
+    if isinstance(default, list):  # a flag that takes one or more values
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The flags that all stages share; a stage's Config adds its own."""
+
+    output: str = arg("ckpt/run", "folder for the result and the logs", heading="run")
+    resume: bool = arg(False, "go on with the run in --output, if there is one")
+    overwrite: bool = arg(False, "start anew although --output holds a run")
+    save_every: int = arg(500, "optimizer steps between checkpoints", 1)
+    seed: int = arg(0, "of all that is drawn: weights, data order, samples", 0, 2**32 - 1)
+    device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
+    dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
+    gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
+    trust_remote_code: bool = arg(False, "run code that comes with a model")
+
+
+class _Parser(transformers.HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+    def _parse_dataclass_field(self, parser, field):  # argparse must not see range and heading
+        if field.metadata["heading"]:
+            self.group = self.add_argument_group(field.metadata["heading"])
+        field = copy.copy(field)
+        field.metadata = {"help": field.metadata["help"]}
+        super()._parse_dataclass_field(self.group, field)
+        flag = self._actions[-1]
+        flag.metavar = None if flag.choices else flag.type.__name__.upper()
+        if flag.default not in (None, False):
+            default = flag.default if isinstance(flag.default, list) else [flag.default]
+            flag.help += f" (default: {' '.join(map(str, default))})"
+
+    def format_help(self):  # flags are also taken with underscores and as --resume true
+        for flag in self._actions:
+            flag.option_strings = [name for name in flag.option_strings if "_" not in name]
+            flag.nargs = 0 if flag.nargs == "?" else flag.nargs
+        return super().format_help()
+
+
+def parse_args(config_class, description, argv=None):
+    """The command line as a `config_class`, a frozen dataclass of `arg` fields.
+
+    With --resume, the flags that are not given are those that the run began with.
+
+    Raises:
+        UserError: an unknown flag (the nearest one is named), a wrong type, one not offered.
+    """
+    parser = _Parser(
+        config_class, description=description, allow_abbrev=False,
+        usage=f"python {pathlib.Path(sys.argv[0]).name} [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+    )
+    given = sys.argv[1:] if argv is None else argv
+    flags = {flag_of(field.name): field.type for field in dataclasses.fields(config_class)}
+    names = [word.split("=")[0].replace("_", "-") for word in given if word.startswith("--")]
+    for flag, kind in flags.items():  # of flags that take one value, the last one counts
+        if "list" in str(kind) and names.count(flag) > 1:
+            raise UserError(f"{flag} is given twice; give all its values at once: {flag} A B")
+    namespace, unknown = parser.parse_known_args(given)
+    saved = pathlib.Path(namespace.output) / "args.json"
+    if namespace.resume and saved.is_file():
+        parser.set_defaults(**read_args(saved, config_class))
+        namespace, unknown = parser.parse_known_args(given)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].replace("_", "-"), flags, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}; {hint}")
+    if [] in vars(namespace).values():  # argparse makes this of --lr=--
+        raise UserError("-- is no value for a flag")
+    return config_class(**vars(namespace))
+
+
+def read_args(path, config_class):
+    """The flags in an args.json as a dict, but for those that say where and how a run starts."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        names = {field.name for field in dataclasses.fields(config_class)}
+        names -= {"output", "resume", "overwrite"}
+        return {name: value for name, value in saved.items() if name in names}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"can't read {path}: {error}; start anew with --overwrite") from None
+
+
+def check_ranges(cfg):
+    """Stop on the first flag below or above what its `arg` allows; None is not checked."""
+    for field in dataclasses.fields(cfg):
+        value, (low, high) = getattr(cfg, field.name), field.metadata["range"]
+        high = math.inf if high is None else high
+        if value is not None and low is not None and not low <= value <= high:
+            rule = f"at least {low}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{flag_of(field.name)} is {value}; it must be {rule}")
+
+
+def by_size(value, table, model):
+    """`value` if given, else that of `table`, ((parameters below, value), ...), for this model."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return value if value is not None else next(given for limit, given in table if size < limit)
+
+
+def pick_device(name):
+    """The torch.device of --device; 'auto' is the first CUDA GPU, or else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not known; use auto, cpu, cuda or cuda:1")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} can't be used: {reason}") from None
+
+
+# === Errors =======================================================================================
+ADVICE = {  # {phase of a run: what helps if memory runs out in it}
+    "loading": "use a smaller model or a device with more", "rollout": "halve --batch-size",
+    "score": "halve --microbatch-size", "log-probabilities": "halve --microbatch-size",
+    "backward": "halve --microbatch-size, or try --gradient-checkpointing",
+    "optimizer step": "use a smaller model; in ppo.py, --critic shared",
+    "evaluation": "halve --microbatch-size; in ppo.py, --batch-size",
+    "checkpoint": "use a smaller model or a device with more",
+}
+SIZES = ("batch_size", "microbatch_size", "max_prompt_length", "response_length")
+now_in = {}  # the phase that the run is in, its step, its cfg
+at_end = []  # functions to call when the command ends, however it does
+
+
+def enter(phase, step=0, cfg=None):
+    """From here on an error names this phase and step."""
+    now_in.update(phase=phase, step=step, cfg=cfg)
+
+
+@contextlib.contextmanager
+def command_line():
+    """Run a stage as a command: quiet libraries, and one line in place of a traceback."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
+    script = pathlib.Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no error
+    enter("loading")
+    try:
+        try:
+            yield
+        except (RuntimeError, MemoryError, FloatingPointError) as error:
+            raise UserError(_explain(error)) from error
+    except UserError as error:
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        stop_at_once()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        while at_end:
+            at_end.pop(0)()
+
+
+def _explain(error):
+    """An error of torch in words for the user; one that is nobody's but ours is raised again."""
+    reason, step = (str(error).splitlines() or [""])[0], now_in["step"]
+    when = f"in iteration {step}" if step else "before the first iteration"
+    if is_out_of_memory(error):
+        cfg, phase = now_in["cfg"], now_in["phase"]
+        sizes = [f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg]
+        return f"out of memory ({phase}, {when}): {ADVICE[phase]}; {' '.join(sizes)} {reason}"
+    # torch.multinomial, in generate_compiled, speaks of a probability tensor
+    unsampled = "probability tensor" in str(error) or "device-side assert" in str(error)
+    if unsampled or isinstance(error, FloatingPointError):
+        what = "the policy's logits are not finite; lower --lr, see --dtype"
+        return f"sampling failed {when}: {what}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile failed: {reason}"
+    raise error
+
+
+def stop_at_once():
+    """From now on Ctrl-C and SIGTERM raise KeyboardInterrupt at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def resume_command(cfg):
+    """What the user types to go on with the run."""
+    return f"python {pathlib.Path(sys.argv[0]).name} --resume --output {shlex.quote(cfg.output)}"
