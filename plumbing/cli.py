@@ -156,13 +156,8 @@ ADVICE = {  # {phase of a run: what helps if memory runs out in it}
     "checkpoint": "use a smaller model or a device with more",
 }
 SIZES = ("batch_size", "microbatch_size", "max_prompt_length", "response_length")
-now_in = {}  # the phase that the run is in, its step, its cfg
+now_in = {}  # the "phase" that the run is in, its "step" and "cfg": errors name them
 at_end = []  # functions to call when the command ends, however it does
-
-
-def enter(phase, step=0, cfg=None):
-    """From here on an error names this phase and step."""
-    now_in.update(phase=phase, step=step, cfg=cfg)
 
 
 @contextlib.contextmanager
@@ -176,7 +171,7 @@ def command_line():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no error
-    enter("loading")
+    now_in.update(phase="loading", step=0, cfg=None)
     try:
         try:
             yield
@@ -201,8 +196,9 @@ def _explain(error):
     when = f"in iteration {step}" if step else "before the first iteration"
     if is_out_of_memory(error):
         cfg, phase = now_in["cfg"], now_in["phase"]
-        sizes = [f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg]
-        return f"out of memory ({phase}, {when}): {ADVICE[phase]}; {' '.join(sizes)} {reason}"
+        sizes = " ".join(f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg)
+        what = f"out of memory ({phase}, {when}): {ADVICE[phase]}"
+        return f"{what}; now {sizes}; {reason}" if sizes else f"{what}; {reason}"
     # torch.multinomial, in generate_compiled, speaks of a probability tensor
     unsampled = "probability tensor" in str(error) or "device-side assert" in str(error)
     if unsampled or isinstance(error, FloatingPointError):

@@ -109,12 +109,9 @@ class Run:
             self.writer = self.tensorboard.SummaryWriter(self.folder / "tensorboard")
 
     def steps(self, batches, num_steps):
-        """(step, batch) of all steps to do; the batches of those done are drawn and left out.
+        """(step, batch) of all steps to do; the batches of those done are drawn and left out."""
 
-        Ctrl-C or SIGTERM asks for a stop after this step; once more stops now.
-        """
-
-        def ask_to_stop(number, frame):
+        def ask_to_stop(number, frame):  # Ctrl-C or SIGTERM; the second one stops at once
             cli.stop_at_once()
             self.signal = number
             os.write(2, b"\nstopping after this iteration; once more stops at once\n")
@@ -140,15 +137,12 @@ class Run:
             torch.cuda.synchronize(self.device)
         (last, since), self.entered = self.entered, (name, time.perf_counter())
         self.seconds[last] += self.entered[1] - since
-        cli.enter(name, self.step, self.cfg)
+        cli.now_in.update(phase=name, step=self.step, cfg=self.cfg)
         return self.seconds
 
     def may_step(self, norms):
-        """Are the gradients' norms finite? Else the step is skipped; three in a row end the run.
-
-        What follows is the optimizer's step, a phase of its own.
-        """
-        self.phase("optimizer step")
+        """Are the gradients' norms finite? Else the step is skipped; three in a row end the run."""
+        self.phase("optimizer step")  # it comes next
         finite = all(math.isfinite(norm) for norm in norms)
         self.num_skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1

@@ -23,8 +23,7 @@ from common import UserError
 class Scorer:
     """What all have: `spec`, the flag's value, and these."""
 
-    model = None  # of a function
-    reads_tokens = False  # can the critic start from this model?
+    model, reads_tokens = None, False  # of a function; can the critic start from this model?
     needs_scale = False  # has nobody measured yet what its scores are on average?
 
 
