@@ -123,7 +123,7 @@ class Run:
         self.bar = tqdm(batches, desc=name, unit="it", initial=self.done, total=num_steps)
         for self.step, batch in enumerate(self.bar, self.done + 1):
             self.seconds.clear()
-            self.num_skipped = 0
+            self.num_skipped, self.entered = 0, ("step", time.perf_counter())
             yield self.step, batch
             if self.signal and self.step < num_steps:
                 self.bar.close()

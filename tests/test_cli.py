@@ -57,6 +57,9 @@ def test_the_three_commands_hand_over_to_each_other_and_log_what_the_docs_say(tm
     assert all(set(row) == {"split", "iteration", "score", "true_reward", "kl", "win_rate"} for row in evals)
     assert evals[0]["win_rate"] == 0.5 and abs(evals[0]["kl"]) < 1e-5 and abs(steps[0]["kl"]) < 1e-5
     assert all(abs(row["ratio_first"] - 1) < 1e-6 for row in steps)
+    for row in steps:  # the phases are all of an iteration's time, without evaluations and checkpoints
+        seconds = sum(row[f"seconds_{phase}"] for phase in ("rollout", "score", "update"))
+        assert row["tokens_per_second"] * seconds == pytest.approx(8 * row["response_length"], rel=0.02)
     assert steps[1]["kl_coef"] != steps[0]["kl_coef"] == ppo.Config.kl_coef
     assert all(row["true_reward"] is None for row in rows)  # the judge is for the embedded prompts only
     samples = read_rows(output / "samples.jsonl")

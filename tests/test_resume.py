@@ -453,6 +453,8 @@ def test_three_gradients_in_a_row_that_are_not_finite_end_the_run_two_do_not(sta
         status, _, err = run_stage(module, *flags_of(stage, world), "--output", tmp_path / f"out{bad}")
         assert status == (0 if bad == 2 else 2), err
         assert ("three optimizer steps in a row had a gradient that is not finite" in err) == (bad == 3)
+    rows = [row for row in read_rows(tmp_path / "out2" / "metrics.jsonl") if "split" not in row]
+    assert stage != "ppo" or [row["skipped_steps"] for row in rows] == [3, 0, 0, 0, 0, 0]
     weights = safetensors.torch.load_file(tmp_path / "out2" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
 
