@@ -31,8 +31,9 @@ Models    policy        starts at --policy              trained  writes the resp
           ref policy    a copy of it                    frozen   the KL is measured against it
           reward model  --reward, one or several, or    frozen   scores a finished text, once
                         functions; their sum counts
-          critic        the reward model again, or a    trained  predicts, from an unfinished text,
-                        value head on the policy                 the rewards still to come
+          critic        separate: starts at the reward  trained  predicts, from an unfinished text,
+                        model; shared: a value head              the rewards still to come; a
+                        on the policy's trunk                    reward model reads finished ones
           pi_old needs no model: it is the policy before the update; its log-probabilities are kept.
 
 Differs   The score is paid at the last counted token; TRL pays it one slot later if there is one.
@@ -463,9 +464,9 @@ def total_loss(
 ):
     """Eq. 7, a scalar: sums over what is given, divided by the counts of the whole minibatch.
 
-    The policy's mean is over tokens, the critic's over the positions where it is trained. Dividing
-    a micro-batch's sums by the minibatch's counts makes the gradients of its micro-batches add up
-    to the minibatch's own, whatever their sizes.
+    The policy's mean is over tokens, the critic's over the positions where it is trained (without a
+    critic there are none, and num_values is 1 to divide by). Dividing a micro-batch's sums by the
+    minibatch's counts makes the gradients of its micro-batches add up to the minibatch's own.
     """
     policy_term = (policy_losses - entropy_coef * entropy).sum() / num_tokens
     return policy_term + value_coef * value_losses.sum() / num_values  # eq. 7
