@@ -311,8 +311,9 @@ def test_a_reward_model_in_the_same_chat_template_is_read_token_by_token(tmp_pat
     tokenizer.save_pretrained(tmp_path / "rm")
     policy = tiny_lm(vocab_size=len(tokenizer))
     load = lambda policy_tokenizer: scorers.load_scorer(str(tmp_path / "rm"), policy, policy_tokenizer, 8, trust_remote_code=False)
-    assert load(a_tokenizer()).reads_tokens
-    assert not load(a_tokenizer(HH)).reads_tokens  # the same tokens, but another template
+    ours, others = load(a_tokenizer()), load(a_tokenizer(HH))  # the same tokens, but another template
+    assert isinstance(ours, scorers.TokenScorer) and ours.reads_tokens
+    assert isinstance(others, scorers.TextScorer) and not others.reads_tokens
 
 
 def test_the_example_of_a_format_in_an_error_is_valid_json(tmp_path):

@@ -71,12 +71,16 @@ def test_counting_what_autograd_keeps_lets_go_of_it():
 
 
 def test_the_command_prints_each_part_and_their_sum_and_a_shared_critic_takes_less(tmp_path, capsys):
-    tiny = ["--hidden", "16", "--layers", "1", "--intermediate", "32", "--vocabulary", "64", "--batch-size", "4", "--microbatch-size", "2", "--prompt-length", "5", "--response-length", "6"]
-    together = {}
+    tiny = ["--hidden", "16", "--layers", "1", "--intermediate", "32", "--vocabulary", "64", "--batch-size", "4"]
+    tiny += ["--microbatch-size", "2", "--prompt-length", "5", "--response-length", "6"]
+    together, of = {}, {}
     for critic in ("separate", "shared"):
         fits.main([*tiny, "--output", str(tmp_path / "fits.json"), "--", "--critic", critic])
         parts = json.loads((tmp_path / "fits.json").read_text())["bytes"]
-        together[critic] = parts.pop("together")
+        together[critic], of[critic] = parts.pop("together"), parts
         assert set(parts) == {"weights", "gradients", "Adam", "activations", "backward"} and sum(parts.values()) == together[critic]
         assert len(capsys.readouterr().out.strip().splitlines()) == 2 + 6  # two lines about the rows come before
+    separate, shared = of["separate"], of["shared"]
+    assert shared["gradients"] <= 0.6 * separate["gradients"] and shared["Adam"] == 2 * shared["gradients"]
+    assert shared["weights"] < 0.8 * separate["weights"] and shared["activations"] < 0.8 * separate["activations"]
     assert together["shared"] < 0.7 * together["separate"]

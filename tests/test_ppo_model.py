@@ -1,9 +1,11 @@
 """Invariants of ppo.py with real (tiny, random) models: log-probabilities, masks, the update."""
 
+import contextlib
 import copy
 import importlib.util
 import itertools
 import re
+import types
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 import ppo
-from plumbing import metrics, rows, scorers
+from plumbing import metrics, report, rows, scorers
 
 EOS, PAD = 1, 0
 SAMPLERS = {False: common.generate_responses, True: common.generate_compiled}
@@ -430,9 +432,10 @@ def test_the_shared_critic_spares_the_second_trained_model(world, tmp_path, run_
     for critic in ("separate", "shared"):
         status, out, _ = run_stage(ppo, *flags(world, tmp_path / critic, "--critic", critic))
         memory[critic] = float(re.search(r"weights, gradients and Adam's moments take ([\d.e-]+) GB", out)[1])
-        sizes = [4 * common.AutoModelForCausalLM.from_pretrained(world / "sft").num_parameters(), 4 * common.AutoModelForSequenceClassification.from_pretrained(world / "reward_model").num_parameters()]
-        policy, reward_model = sizes  # in bytes; a trained model takes four times that, a frozen one once
-        expected = 4 * policy + policy + reward_model + 4 * (reward_model if critic == "separate" else 4 * 17)
+        policy = 4 * common.AutoModelForCausalLM.from_pretrained(world / "sft").num_parameters()  # bytes of weights
+        reward_model = 4 * common.AutoModelForSequenceClassification.from_pretrained(world / "reward_model").num_parameters()
+        trained = policy + (reward_model if critic == "separate" else 4 * 17)
+        expected = 4 * trained + policy + reward_model  # with a gradient and two moments; what is frozen has none
         assert status == 0 and memory[critic] == pytest.approx(expected / 1e9, rel=1e-2)
     assert memory["shared"] < 0.7 * memory["separate"]
 
@@ -450,39 +453,97 @@ def test_with_bf16_the_frozen_models_matrices_are_bf16_and_the_trained_ones_floa
 
 
 def test_precision_is_a_property_of_a_model_and_needs_no_context_around_its_calls(monkeypatch):
-    """The oracle is torch.autocast around the same calls of a model that was placed nowhere."""
-    cpu, prompts = torch.device("cpu"), left_padded([[5, 6, 7], [6]])
-    placed = tiny_lm(), tiny_scalar()
-    for model in placed:
-        common.place(model, cpu, "bf16")
+    """The oracle is torch.autocast around the calls of a model that was placed nowhere."""
+    prompts, mask = left_padded([[5, 6, 7], [6]])
+    bf16, inputs = torch.autocast("cpu", torch.bfloat16), dict(input_ids=prompts, position_ids=common.position_ids(mask), attention_mask=mask)
+    sample_tokens, read = common.sample_tokens, []
+    monkeypatch.setattr(common, "sample_tokens", lambda logits, temperature: (read.append(logits), sample_tokens(logits, temperature))[1])
 
     def outputs(policy, scalar):
+        """Logits and scores, and of five sampled tokens the ids and each step's logits."""
         torch.manual_seed(0)
-        logits, hidden = common.forward(policy, *prompts).logits, common.forward(scalar.base_model, *prompts).last_hidden_state
-        return logits, hidden, common.generate_responses(policy, *prompts, 5, 1.0)
+        read.clear()
+        logits, scores = common.forward(policy, prompts, mask).logits, common.token_scores(scalar, prompts, mask)
+        return logits, scores, common.generate_responses(policy, prompts, mask, 5, 1.0), *read
 
-    policy, scalar = copy.deepcopy(placed)  # a copy keeps it
-    ours = outputs(policy, scalar)
-    assert ours[0].dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
-    by_hand = (torch.nn.functional.linear(ours[1].float(), scalar.score.weight).squeeze(-1) - 0.25) / 2  # the head in float32
-    assert torch.equal(common.token_scores(scalar, *prompts), by_hand)
-    assert outputs(tiny_lm(), tiny_scalar())[0].dtype == torch.float32
-    monkeypatch.setattr(common, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
-    assert all(torch.equal(a, b) for a, b in zip(ours, outputs(tiny_lm(), tiny_scalar()), strict=True))
+    placed = tiny_lm(), tiny_scalar()
+    for model in placed:
+        common.place(model, torch.device("cpu"), "bf16")
+    ours, of_a_copy = outputs(*placed), outputs(*copy.deepcopy(placed))
+    in_float32 = outputs(tiny_lm(), tiny_scalar())
+    assert not torch.is_autocast_enabled("cpu") and all(logits.dtype == torch.float32 for logits in (in_float32[0], *in_float32[3:]))
+    assert len(read) == 5 and all(logits.dtype == torch.bfloat16 for logits in (ours[0], *ours[3:])) and ours[1].dtype == torch.float32
+
+    policy, scalar = tiny_lm(), tiny_scalar()
+    with bf16:
+        logits, hidden = policy(**inputs).logits, scalar.model(**inputs).last_hidden_state
+    scores = (torch.nn.functional.linear(hidden.float(), scalar.score.weight).squeeze(-1) - 0.25) / 2  # the head in float32
+    monkeypatch.setattr(common, "autocast", lambda model: contextlib.nullcontext())
+    torch.manual_seed(0)
+    read.clear()
+    with bf16:
+        sampled = common.generate_responses(policy, prompts, mask, 5, 1.0)
+    for theirs in (ours, of_a_copy):
+        assert all(torch.equal(a, b) for a, b in zip(theirs, (logits, scores, sampled, *read), strict=True))
 
 
-def test_an_advantage_without_a_critic_is_a_fork_of_one_function_and_critic_none_goes_through_everything(world, tmp_path, run_stage, monkeypatch):
+def without_a_critic(monkeypatch):
+    """The fork as its two lines: an estimator that trains no value, and no critic."""
+
     def reinforce(rewards, values, response_mask, gamma, lam):
         advantages = torch.where(response_mask, rewards.sum(1, keepdim=True), 0.0)
         return advantages, torch.zeros_like(values), torch.zeros_like(response_mask)
 
     monkeypatch.setattr(ppo, "load_critic", lambda *arguments, **options: None)
     monkeypatch.setitem(ppo.ESTIMATORS, "gae", (reinforce, ppo.value_loss))
-    status, out, err = run_stage(ppo, *flags(world, tmp_path / "out", "--lr", "1e-3", "--explain"))
+
+
+def test_an_advantage_without_a_critic_is_a_fork_of_one_function_and_critic_none_goes_through_everything(world, tmp_path, run_stage, monkeypatch):
+    without_a_critic(monkeypatch)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--lr", "1e-3", "--explain", "--save-every", "1"]
+    status, out, err = run_stage(ppo, *flags(world, whole, *more))
     assert status == 0 and "critic" not in out.replace("critic_", "").split("held-out")[0], err
-    new, old = (common.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "out", world / "sft"))
-    assert any(not torch.equal(new[key], old[key]) for key in old) and not (tmp_path / "out" / "critic").exists()
-    steps = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
-    assert all(row["critic_grad_norm"] is None and row["value_loss"] == 0 and row["grad_norm"] > 0 and row["ratio_first"] == 1 for row in steps)
-    assert run_stage(ppo, "--resume", "--output", tmp_path / "out", "--iterations", "3")[0] == 0
-    assert len([row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]) == 3
+    steps = lambda folder: [
+        {key: value for key, value in row.items() if "second" not in key and key != "peak_memory_gb"}
+        for row in read_rows(folder / "metrics.jsonl") if "split" not in row
+    ]
+    weights = lambda folder: common.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    new, old = weights(whole), weights(world / "sft")
+    assert any(not torch.equal(new[key], old[key]) for key in old) and not (whole / "critic").exists()
+    rows = steps(whole)
+    assert len(rows) == 2 and all(row["critic_grad_norm"] is None and row["value_loss"] == 0 for row in rows)
+    assert all(row["grad_norm"] > 0 and row["ratio_first"] == 1 for row in rows)
+
+    adapt, calls = ppo.adapt_kl_coef, []
+    monkeypatch.setattr(ppo, "adapt_kl_coef", lambda *arguments: calls.append(1) or (adapt(*arguments) if len(calls) == 1 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):  # in the second iteration, after its update
+        run_stage(ppo, *flags(world, parts, *more))
+    assert (parts / "checkpoint-1" / "model.safetensors").exists() and not (parts / "checkpoint-1" / "critic").exists()
+    monkeypatch.setattr(ppo, "adapt_kl_coef", adapt)
+    assert run_stage(ppo, "--resume", "--output", parts)[0] == 0
+    resumed = weights(parts)
+    assert steps(parts) == rows and all(torch.equal(resumed[key], new[key]) for key in new)
+    assert run_stage(ppo, "--resume", "--output", parts, "--iterations", "3")[0] == 0  # and a finished one goes on
+    assert [row["iteration"] for row in steps(parts)] == [1, 2, 3] and not (parts / "critic").exists()
+
+
+def test_without_a_critic_the_rehearsal_runs_too_and_leaves_everything_as_it_was(world, monkeypatch):
+    without_a_critic(monkeypatch)
+    prompts, told = [str(world / "prompts.jsonl")], []
+    cfg = ppo.Config(
+        policy=str(world / "sft"), reward=[str(world / "reward_model")], prompts=prompts, eval_prompts=prompts, batch_size=4,
+        minibatch_size=2, microbatch_size=2, response_length=5, entropy_coef=0.01,
+    )
+    tokenizer = common.load_tokenizer(cfg.policy)
+    prompt_rows, _ = rows.load_prompts(cfg, tokenizer)
+    models = policy, ref_policy, critic, _ = ppo.load_models(cfg, tokenizer, prompt_rows, torch.device("cpu"))
+    optimizer, _ = ppo.make_optimizer(cfg, policy, critic)
+    before = copy.deepcopy(policy.state_dict())
+    fork_rng = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices, **options: fork_rng(devices=[], **options))
+    monkeypatch.setattr(report, "measured_peak", told.append)
+    run = types.SimpleNamespace(cfg=cfg, device=types.SimpleNamespace(type="cuda"), phase=lambda name: None)
+    ppo.rehearse(run, *models, optimizer, prompt_rows)
+    assert critic is None and told == [run.device] and not optimizer.state and all(p.grad is None for p in policy.parameters())
+    assert all(torch.equal(before[key], weight) for key, weight in policy.state_dict().items())
