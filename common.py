@@ -247,6 +247,8 @@ def load(auto_class, path, made_by=None, **options):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if "trust_remote_code=True" in str(error):
             lines = ["it brings code of its own, which is run only with --trust-remote-code"]
+        if options.get("attn_implementation"):  # may be a package that is not installed
+            hint = f"; or leave out --attention {options['attn_implementation']}"
         reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]
         raise UserError(f"{path} {what}: {reason}{hint}") from error
 
