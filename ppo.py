@@ -13,7 +13,8 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (7)  total       L       = -L_clip + c1 * L_value - c2 * entropy
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon)
 
-          In (2) and (3) V is the critic from before the update, V_old in (6).
+          In (2) and (3) V is the critic from before the update, V_old in (6). The A_t of (5) are
+          those of (2) whitened over all tokens of the rollout; as in TRL, rewards are not.
 
           With --advantage bandit a response is one step, and gamma, lam and eps_v play no part:
 (2b)      A       = sum_t r_t - V(x), for each of its tokens; ratio and clip stay per token
@@ -41,9 +42,8 @@ Differs   The score is paid at the last counted token; TRL pays it one slot late
           temperature and with the softmax in float32. The sampler's own are not used: its cache and
           shapes alone can move a bf16 ratio by several per cent before anything has been learned.
           Each mean of (5) to (7) is a sum divided once, by the count of the whole minibatch.
-          As in TRL, advantages are whitened over all tokens of the rollout and rewards are not.
 
-Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 (eqs. 1 and 8); Stiennon et
+Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 ((1) and (8)); Stiennon et
           al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", whose
           settings for 1 B parameters are a start for a model of that size: --lr 3e-6
           --critic-lr 3e-6 --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
@@ -266,6 +266,7 @@ def forward_responses(
     """
     is_shared = isinstance(critic, ValueHead)
     # The last token predicts nothing that counts: left out, what is left are the R positions.
+    # common.forward adds position ids that skip the padding, and the model's precision.
     inputs, attention_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
     output = common.forward(
         policy, inputs, attention_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
@@ -344,7 +345,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
 # FORK: another advantage estimator is one more function like these two, chosen at ESTIMATORS. One
-# without a critic leaves value_mask False everywhere, and `load_critic` then returns None.
+# without a critic leaves value_mask False everywhere; let `load_critic` return None for it.
 def gae(rewards, values, response_mask, gamma, lam):
     """Advantages, returns and value_mask, each (B, R), by eqs. 2 and 3 (Schulman et al. 2016).
 
@@ -535,7 +536,7 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
 
 def make_optimizer(cfg, policy, critic):
     """(Adam over policy and critic, each with its own rate; a schedule that takes both to 0)."""
-    sized = policy if isinstance(critic, ValueHead) else critic  # a head learns at the trunk's rate
+    sized = policy if isinstance(critic, ValueHead) else critic  # a head: by its trunk
     groups = [{"params": policy.parameters(), "lr": cli.by_size(cfg.lr, LR_BY_SIZE, policy)}]
     if critic is not None:
         critic_lr = cli.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
@@ -546,7 +547,7 @@ def make_optimizer(cfg, policy, critic):
     return optimizer, schedule
 
 
-# === Main loop: sections 1 to 6 in order ==========================================================
+# === Main loop: sections 1 to 6 in order, then beta ===============================================
 def main(cfg):
     check_config(cfg)
     cfg = with_embedded_defaults(cfg)
@@ -562,7 +563,7 @@ def main(cfg):
     rehearse(run, *models, optimizer, all_rows)
     look = partial(evaluate, run, policy, ref_policy, tokenizer)
     scales = measure_scales(scorers, run.kept, lambda one: look([one], None, all_rows[:256]))
-    # -- the start, as at the checkpoint if there is one; evaluations are compared with the first
+    # -- scales are for reward models from elsewhere; the start, as at the checkpoint if there is one
     run.restore(len(rows), tokenizer, trained, optimizer, schedule, read_weights=True)
     baseline = run.kept.get("baseline") or look(scorers, judge, eval_rows)
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)
@@ -632,7 +633,7 @@ def main(cfg):
                 optimizer.step()
         optimizer.zero_grad()  # the rollout can use the gradients' memory
 
-        # 7. ADAPT       the KL as measured -> beta and learning rates of the next iteration  eq. 8
+        # 7. ADAPT       the KL as measured -> beta of the next iteration; its learning rates  eq. 8
         truths = judge(tokens, attention_mask, prompt_rows, responses) if judge else None
         row = metrics.ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
         kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
@@ -652,10 +653,11 @@ def main(cfg):
 # === 8. Held-out evaluation, rehearsal (not part of the algorithm) ================================
 @torch.no_grad()
 def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
-    """One response to each held-out prompt, from the same random numbers at every call.
+    """One response to each prompt, from the same random numbers at every call.
 
     Returns:
         A dict per row: "prompt", "response", "score", "true_reward" (None without a judge), "kl".
+        The score is that of the scorers, without --missing-eos-penalty.
     """
     run.phase("evaluation")
     cfg, samples = run.cfg, []
