@@ -563,7 +563,7 @@ def main(cfg):
     rehearse(run, *models, optimizer, all_rows)
     look = partial(evaluate, run, policy, ref_policy, tokenizer)
     scales = measure_scales(scorers, run.kept, lambda one: look([one], None, all_rows[:256]))
-    # -- scales are for reward models from elsewhere; the start, as at the checkpoint if there is one
+    # -- scales: for reward models from elsewhere; the start: as at the checkpoint, if there is one
     run.restore(len(rows), tokenizer, trained, optimizer, schedule, read_weights=True)
     baseline = run.kept.get("baseline") or look(scorers, judge, eval_rows)
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)
