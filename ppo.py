@@ -301,6 +301,7 @@ def evaluate_tokens(
     The old log-probabilities are computed here although the sampler had some: they must come from
     the function that the update uses, or the first ratio is not 1. What is left of a difference is
     rounding, which may depend on the shapes that a row is computed in: see `approx_kl_first`.
+    It goes by parts of like length, each without the columns that are padding in all its rows.
     """
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything, prompt_length = torch.arange(len(tokens)), tokens.shape[1] - num_columns
@@ -333,7 +334,9 @@ def kl_shaped_rewards(scores, token_kl, response_mask, kl_coef):
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
-    """Eq. 8: raise beta while the KL is above its target, else lower it; None leaves it.
+    """Eq. 8: raise beta while the KL is above its target, else lower it; without one it stays.
+
+    `kl` is the batch's mean of token_kl summed over each response, in nats.
 
     Ziegler et al. 2019, whose paper has a constant 0.1 where their code has batch / horizon.
     """
