@@ -82,7 +82,7 @@ from plumbing.scorers import FunctionScorer, load_scorer, measure_scales
 # === 0. Configuration =============================================================================
 # Three batch words: --batch-size prompts are answered at once in each iteration, --minibatch-size
 # of the responses make an optimizer step, and scoring and update hold --microbatch-size of them at
-# a time. So an iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps.
+# a time. So an iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps at most.
 @dataclass(frozen=True)
 class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs", heading="run")
@@ -90,7 +90,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     eval_every: int = arg(10, "iterations between evaluations on held-out prompts", 1)
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "of all models")
     compile: bool = arg(False, "torch.compile the models; minutes to start, then faster")
-    explain: bool = arg(False, "print a response token by token, at evaluations")
+    explain: bool = arg(False, "print a response token by token, at first and at evaluations")
 
     policy: str = arg("ckpt/sft", "causal LM to train, and the reference", heading="models, data")
     reward: list[str] = arg(["ckpt/reward_model"], "models or file.py:function; several are summed")
@@ -126,7 +126,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     value_clip_eps: float = arg(0.2, "eps_v of eq. 6, in units of reward; 0.2 for deviation 1", 0)
     value_coef: float = arg(0.1, "c1 of eq. 7; Adam all but undoes it if separate", 0, 1e9)
     entropy_coef: float = arg(0.0, "c2 of eq. 7; 0 to 0.01", 0, 1e9)
-    max_approx_kl: float | None = arg(None, "end an update above it; 0.01 to 0.05", 0, 1e9)
+    max_approx_kl: float | None = arg(None, "ends an update, in nats a token; 0.02", 0, 1e9)
     lr: float | None = arg(None, "of the policy, falls linearly; else see LR_BY_SIZE", 0, 1)
     critic_lr: float | None = arg(None, "of the critic, falls linearly; else by size", 0, 1)
     max_grad_norm: float = arg(1.0, "clip the gradient of policy and of critic to it", 1e-9)
@@ -219,10 +219,10 @@ def decode_responses(tokens, response_mask, tokenizer):
 def score_responses(scorers, tokens, attention_mask, prompt_rows, responses):
     """What each of the S scorers, usually one, says of each response: (S, B) float32.
 
-    A scorer is any function of these arguments to (B,). A reward model of reward_model.py reads the
-    tokens as the policy wrote them and is asked at the last attended one, the EOS if there is one;
-    its scores have mean 0 and deviation 1 on texts like the SFT policy's. One with other tokens is
-    asked about the texts. What a Python function says counts as it is.
+    A scorer is called with these arguments and gives (B,). A reward model of reward_model.py reads
+    the tokens as the policy wrote them and is asked at the last attended one, the EOS if there is
+    one; its scores have mean 0 and deviation 1 on texts like the SFT policy's. One with other
+    tokens is asked about the texts. What a Python function says counts as it is.
     """
     scores = [score(tokens, attention_mask, prompt_rows, responses) for score in scorers]
     return torch.stack(scores)
@@ -265,7 +265,7 @@ def forward_responses(
         predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}  (left out)
     """
     is_shared = isinstance(critic, ValueHead)
-    # The last token predicts nothing that counts: left out, what is left are the R positions.
+    # The last token predicts nothing that counts: left out, the last R positions are the wanted.
     # common.forward adds position ids that skip the padding, and the model's precision.
     inputs, attention_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
     output = common.forward(
@@ -385,7 +385,7 @@ def whiten(x, mask):
     """x with mean 0 and (population) deviation 1 over the True positions; 0 elsewhere.
 
     It fixes the scale of the policy loss against value loss, entropy and gradient clip, and keeps a
-    critic that is wrong by a constant from pushing all tokens one way. Over the whole rollout, as
+    critic that is wrong by a constant from pushing most tokens one way. Over the whole rollout, as
     a minibatch's mean would be noisy; after the returns, which keep their unit.
     """
     counted = x[mask]
@@ -435,8 +435,8 @@ def minibatches(batch_size, minibatch_size, epochs):
 def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
     """Loss and ratio of each token, eqs. 4 and 5, in the shape of the inputs.
 
-    In the first minibatch every ratio is 1 and the loss is -A, near 0 on average over whitened
-    advantages, yet it has a gradient: d ratio = ratio * d log pi, so that step is REINFORCE.
+    In the first minibatch every ratio is 1 and the loss is -A, whose mean over the rollout is 0 by
+    whitening, yet it has a gradient: d ratio = ratio * d log pi, so that step is REINFORCE.
     Where the ratio is clipped and A pushes further out, the minimum is constant: gradient 0.
     """
     ratio = torch.exp(new_logprobs - logprobs)  # eq. 4
@@ -449,7 +449,7 @@ def value_loss(new_values, values, returns, value_clip_eps):
 
     Where V has moved more than eps_v and is nearer to the target than V_old +- eps_v is, the
     clipped error is the larger and the gradient 0; moving away from the target is never clipped. It
-    mirrors eq. 5: no update trusts one rollout too far.
+    mirrors eq. 5, and is a brake on trusting one rollout too far, not a bound.
     """
     clipped = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)  # eq. 6
@@ -518,7 +518,8 @@ def load_models(cfg, tokenizer, rows, device):
 
 
 def load_critic(cfg, scorers, policy, tokenizer, **options):
-    """The critic: a copy of the first reward model that reads the policy's tokens, or the policy.
+    """The critic: a copy of the first reward model that reads the policy's tokens; if there is
+    none, of the policy with a head in place of its logits.
 
     A reward model has learned what scores depend on, which is most of what a critic must know.
     --critic shared is only a linear head: it saves a model and its optimizer, but its loss,
@@ -716,8 +717,9 @@ def rehearse(run, policy, ref_policy, critic, scorers, optimizer, rows):
     run.phase("backward")
     part = slice(min(cfg.microbatch_size, cfg.minibatch_size))
     inputs = tokens[part], mask[part], *sizes
-    outputs = forward_responses(policy, critic, *inputs, with_entropy=cfg.entropy_coef > 0)
-    sum(output.sum() for output in outputs).backward()
+    for _ in range(1 + (cfg.minibatch_size > cfg.microbatch_size)):  # the second beside gradients
+        outputs = forward_responses(policy, critic, *inputs, with_entropy=cfg.entropy_coef > 0)
+        sum(output.sum() for output in outputs).backward()
     optimizer.zero_grad()
     optimizer.state.clear()
     report.measured_peak(run.device)
