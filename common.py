@@ -4,10 +4,12 @@ Shapes    B rows, T columns of tokens; in sampling P of them are prompt and R re
           of the B have not left the batch.
 """
 
+import collections
 import contextlib
 import math
 import os
 import re
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -145,6 +147,9 @@ def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True):
     return tokenizer
 
 
+notes = collections.Counter()  # what `encode` met that must not go unsaid: {what: examples}
+
+
 def encode(tokenizer, prompt, response=None, eos_ids=()):
     """(prompt ids, response ids) of one text or chat; all stages make their ids here.
 
@@ -153,33 +158,99 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
         response: a string, or messages that go on with the chat; None has no ids.
         eos_ids: what may end a response besides the tokenizer's EOS.
 
-    A string becomes its ids, with one BOS in front of the prompt if this tokenizer begins its texts
-    with it, and one EOS behind the response. A chat is rendered by the tokenizer's template twice:
-    up to the words that open the assistant's turn, and whole; what the second adds is the
-    response, up to the first EOS behind its words: there the policy's own response would end.
-    (An EOS quoted within the words ends nothing here.) The template writes BOS itself.
-    Prompt and response are tokenised apart, as PPO must: it has the prompt before any response.
+    A response's ids are those by which the whole text goes on from the prompt's. They end with one
+    EOS, where the policy's own response would: at the first one behind its words. (An EOS quoted
+    within the words ends nothing here.) A string is begun as this tokenizer begins every text, with
+    BOS or GLM's two tokens. A chat is rendered by the template, which writes BOS itself, up to the
+    words that open the assistant's turn, and whole; what the second adds is the response.
 
     Raises:
         ValueError: no template, or the template does not take this chat.
     """
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     eos = [id for id in [tokenizer.eos_token_id] if id is not None]
+    is_end = lambda id: id in eos or id in eos_ids
     if isinstance(prompt, str):
-        if response is not None and not isinstance(response, str):
-            raise ValueError("has a string as the prompt and messages as the response")
-        bos, prompt_ids = [tokenizer.bos_token_id], ids(prompt)
-        begins_with_bos = tokenizer("a")["input_ids"][:1] == bos and prompt_ids[:1] != bos
-        prompt_ids = bos + prompt_ids if begins_with_bos else prompt_ids
-        response_ids = ids(response or "")
-        if response is not None and not {*response_ids[-1:]} & {*eos, *eos_ids}:
-            response_ids += eos
-        return prompt_ids, response_ids
+        opening, before = prompt, _ids_before_texts(tokenizer)
+    else:
+        opening, before = _opening(tokenizer, prompt), []
+    prompt_ids = _ids(tokenizer, opening)
+    prompt_ids = prompt_ids if prompt_ids[: len(before)] == before else before + prompt_ids
+    if response is None:
+        return prompt_ids, []
+    if isinstance(prompt, str):
+        text, words = _string_response(tokenizer, response, {*eos, *eos_ids})
+    else:
+        text, words = _chat_response(tokenizer, prompt, response, opening)
+    reply = _ids_behind(tokenizer, opening, text)
+    num_within = sum(map(is_end, _ids(tokenizer, words)))  # of earlier turns, or quoted
+    ends = [i for i, id in enumerate(reply) if is_end(id)][num_within:]
+    return prompt_ids, reply[: ends[0] + 1] if ends else reply + eos
+
+
+def decode(tokenizer, prompt_ids, response_ids):
+    """The text of a response: what it adds to the decoded prompt, for no piece is decoded alone.
+
+    Nothing is cleaned up or left out of it but EOS and padding: the texts of `encode` come back.
+    """
+    left_out = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    kept = [id for id in response_ids if id not in left_out]
+    ids = [prompt_ids, prompt_ids + kept]
+    prompt, whole = (tokenizer.decode(x, clean_up_tokenization_spaces=False) for x in ids)
+    return whole[len(os.path.commonprefix([prompt, whole])) :]
+
+
+def _ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ids_before_texts(tokenizer):
+    """What the tokenizer puts before every text: BOS, nothing, or tokens of its own."""
+    bare, full = _ids(tokenizer, "a"), tokenizer("a")["input_ids"]
+    starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+    return full[: starts[0]] if starts else []
+
+
+def _ids_behind(tokenizer, opening, text):
+    """The ids of `text` behind `opening`: the rest of those of both.
+
+    Where a token of both would reach across the border, `text` is tokenised behind something else
+    that keeps its tokens to itself, so that prompt and response still decode to the same as both:
+    alone it may get a space in front (SentencePiece, WordPiece).
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    first, both = _ids(tokenizer, opening), _ids(tokenizer, opening + text)
+    if both[: len(first)] == first:
+        return both[len(first) :]
+    notes["with a token across the border of prompt and response, tokenised apart"] += 1
+    for anchor in ("", "\n", ".", "a", "0", "Z", "-"):
+        alone, rest = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
+        keeps_apart = rest[: len(alone)] == alone
+        if keeps_apart and decode(first + rest[len(alone) :]) == decode(both):
+            return rest[len(alone) :]
+    notes["that are not their text where prompt and response meet"] += 1
+    return _ids(tokenizer, text)
+
+
+def _string_response(tokenizer, response, eos_ids):
+    """(a string, its words: all but the EOS and white space that it ends in)."""
+    if not isinstance(response, str):
+        raise ValueError("has a string as the prompt and messages as the response")
+    ends = [re.escape(tokenizer.decode([id])) for id in eos_ids]
+    words = re.sub(rf"(\s|{'|'.join(ends)})+\Z", "", response) if ends else response
+    if any(id in eos_ids for id in _ids(tokenizer, words)):
+        notes["with text behind an EOS, where no response gets"] += 1
+    return response, words
+
+
+def _opening(tokenizer, prompt):
+    """The text of a chat up to the words that open the assistant's turn."""
     if prompt[-1]["role"] == "assistant":
         raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
-    opening = render_chat(tokenizer, prompt, add_generation_prompt=True)
-    if response is None:
-        return ids(opening), []
+    return render_chat(tokenizer, prompt, add_generation_prompt=True)
+
+
+def _chat_response(tokenizer, prompt, response, opening):
+    """(what the response adds to the opening of a chat, that up to the end of its last words)."""
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
     whole = render_chat(tokenizer, prompt + response)
@@ -188,22 +259,11 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
             "does not fit the chat template: a reply is not rendered as the chat so far and more, "
             "so no model that goes on with the one could write the other"
         )
-    return ids(opening), _reply_ids(tokenizer, prompt, response, opening, whole, {*eos, *eos_ids})
-
-
-def _reply_ids(tokenizer, prompt, response, opening, whole, eos_ids):
-    """The ids that `whole` adds to `opening`, up to the first EOS behind the reply's last words."""
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     text, words = whole[len(opening) :], response[-1]["content"].strip()
     before = render_chat(tokenizer, prompt + response[:-1], add_generation_prompt=True)
     last_turn = len(before) - len(opening) if whole.startswith(before) else 0
     words_start = text.find(words, last_turn)  # not there if the template changes them
-    words_end = words_start + len(words) if words_start >= 0 else last_turn
-    num_within = sum(id in eos_ids for id in ids(text[:words_end]))  # of earlier turns, or quoted
-    reply = ids(text)
-    ends = [i for i, id in enumerate(reply) if id in eos_ids][num_within:]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return reply[: ends[0] + 1] if ends else reply + eos
+    return text, text[: words_start + len(words) if words_start >= 0 else last_turn]
 
 
 def render_chat(tokenizer, messages, **options):

@@ -208,11 +208,15 @@ def sample_responses(policy, prompt_rows, response_length, temperature):
     return torch.cat([prompts, response], 1), attention_mask, response_mask, ended
 
 
-def decode_responses(tokens, response_mask, tokenizer):
-    """The texts of the responses, without special tokens."""
-    response = tokens[:, -response_mask.shape[1] :]
-    counted = [ids[mask] for ids, mask in zip(response.cpu(), response_mask.cpu())]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in counted]
+def decode_responses(tokens, attention_mask, response_mask, ended, tokenizer):
+    """The texts of the responses: what each adds to its decoded prompt, but for the EOS."""
+    prompt_length, texts = tokens.shape[1] - response_mask.shape[1], []
+    for ids, mask, has_eos in zip(tokens.cpu(), attention_mask.cpu(), ended.tolist()):
+        prompt, response = ids[:prompt_length], ids[prompt_length:]
+        prompt = prompt[mask[:prompt_length]].tolist()
+        response = response[mask[prompt_length:]].tolist()
+        texts.append(common.decode(tokenizer, prompt, response[: len(response) - has_eos]))
+    return texts
 
 
 # === 2. Score: one number per response ============================================================
@@ -581,7 +585,7 @@ def main(cfg):
         tokens, attention_mask, response_mask, ended = sample_responses(
             policy, prompt_rows, cfg.response_length, cfg.temperature
         )
-        responses = decode_responses(tokens, response_mask, tokenizer)
+        responses = decode_responses(tokens, attention_mask, response_mask, ended, tokenizer)
 
         # 2. SCORE       tokens, texts -> score_parts (S, B); final_scores (B,), less if it was cut
         run.phase("score")
@@ -669,16 +673,17 @@ def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
         torch.manual_seed(cfg.seed)
         for start in range(0, len(rows), cfg.batch_size):
             some = rows[start : start + cfg.batch_size]
-            tokens, attention_mask, response_mask, _ = sample_responses(
+            tokens, attention_mask, response_mask, ended = sample_responses(
                 policy, some, cfg.response_length, cfg.temperature
             )
-            asked = tokens, attention_mask, some, decode_responses(tokens, response_mask, tokenizer)
+            texts = decode_responses(tokens, attention_mask, response_mask, ended, tokenizer)
+            asked = tokens, attention_mask, some, texts
             inputs = tokens, attention_mask, response_mask.shape[1], cfg.temperature
             logprobs, ref_logprobs, _, _ = evaluate_tokens(
                 policy, None, ref_policy, *inputs, cfg.microbatch_size
             )
             columns = {
-                "prompt": [row["prompt"] for row in some], "response": asked[-1],
+                "prompt": [row["prompt"] for row in some], "response": texts,
                 "score": score_responses(scorers, *asked).sum(0).tolist(),
                 "true_reward": judge(*asked).tolist() if judge else [None] * len(some),
                 "kl": torch.where(response_mask, logprobs - ref_logprobs, 0.0).sum(1).tolist(),

@@ -99,7 +99,7 @@ def sft_result(loss_before, loss, model, tokenizer, examples):
     responses = common.generate_responses(model, tokens, mask, length, temperature=1.0)
     for prompt_ids, response in zip(prompts, responses):
         print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
-        print(f"    ->{tokenizer.decode(response, skip_special_tokens=True)}")
+        print(f"    ->{common.decode(tokenizer, prompt_ids, response.tolist())}")
 
 
 def reward_model_result(row, calibration, drift):

@@ -118,6 +118,7 @@ def convert(rows, encode, what=None):
     follow the place of the row, becomes a UserError. So does it if no example is left.
     """
     examples, dropped = [], collections.Counter()
+    common.notes.clear()
     for row in rows:
         try:
             for example in encode(row):
@@ -131,7 +132,8 @@ def convert(rows, encode, what=None):
     source = what or " ".join(dict.fromkeys(row.path for row in rows))
     if not examples:
         raise UserError(f"{source}: {len(rows)} rows read and none can be used{reasons}")
-    print(f"  {source}: {len(rows)} rows read, {len(examples)} examples used{reasons}")
+    noted = "".join(f"; {number} {what}" for what, number in common.notes.items())
+    print(f"  {source}: {len(rows)} rows read, {len(examples)} examples used{reasons}{noted}")
     return examples
 
 
