@@ -6,17 +6,23 @@ Shapes    B rows, T columns of tokens; in sampling P of them are prompt and R re
 
 import collections
 import contextlib
+import inspect
 import math
 import os
 import re
 from functools import partial
 
+import safetensors.torch
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import GenerationConfig, PreTrainedConfig, StaticCache
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+
+HEAD = "score.safetensors"  # of a scalar model of a family without ForSequenceClassification
 
 
 class UserError(Exception):
@@ -44,19 +50,72 @@ def place(model, device, dtype, gradient_checkpointing=False, compiled=False):
         return
     in_bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
     model.in_bf16 = model.base_model.in_bf16 = in_bf16
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    if gradient_checkpointing and is_trained:
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--gradient-checkpointing: {error}") from error
+        model.train()  # transformers checkpoints only in train mode; what is random is off
+    if is_trained:
+        prove(model)
     if compiled:  # of a scalar model only the trunk is called
         (model.base_model if has_token_head(model) else model).compile(dynamic=True)
     model.samples_compiled = compiled and device.type == "cuda"
-    is_trained = any(parameter.requires_grad for parameter in model.parameters())
-    if gradient_checkpointing and is_trained:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints only in train mode; dropout is off by the config
     if in_bf16 and not is_trained:
         score = getattr(getattr(model, "score", None), "weight", None)
         kept = {model.get_input_embeddings().weight, score}
         for module in model.modules():
             if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept:
                 module.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def prove(model):
+    """Stop if something that all stages take for granted does not hold for this model.
+
+    In the mode that trains, two forward passes give the same bits (nearly, on a GPU, which may add
+    in another order): else they are two policies. A text gives the same beside padding as alone,
+    whatever stands there, and its beginning the same as if it ended there. It can be sampled from.
+    """
+    is_scalar, name = has_token_head(model), type(model).__name__
+    trunk = model.base_model if is_scalar else model
+    tokens = torch.arange(3, 19, device=model.device).view(2, 8)
+    tokens, mask = tokens % model.get_input_embeddings().num_embeddings, tokens > 0
+    mask[1, :3] = False  # not the pad token stands there, whose embedding may be 0
+
+    def read(*part):
+        output = forward(trunk, tokens[part], mask[part])
+        return (output.last_hidden_state if is_scalar else output.logits).float()
+
+    differ = lambda a, b: ((a - b).norm() / b.norm()).item()
+    try:
+        whole, again = (read(slice(2), slice(8)) for _ in range(2))
+        padded = differ(whole[1:, 3:], read(slice(1, 2), slice(3, 8)))
+        ahead = differ(whole[:1, :5], read(slice(1), slice(5)))
+        if not is_scalar:
+            generate_responses(model, tokens, mask, 2, 1.0)
+    except Exception as error:  # each family has its own
+        if is_out_of_memory(error) or isinstance(error, FloatingPointError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"a {name} can't be read or sampled from: {reason}") from error
+    if differ(whole, again) > (0 if model.device.type == "cpu" else 1e-3):
+        what = "draws random numbers in its forward pass; what in its config.json is noise?"
+    elif max(padded, ahead) > 0.05:
+        what = f"reads {'the padding' if padded > 0.05 else 'what comes later'}: no policy here"
+    else:
+        return
+    raise UserError(f"a {name} {what}")
+
+
+def check_hidden_states(model):
+    """Stop if the last hidden states of a causal LM are not (B, T, width)."""
+    one = torch.ones(1, 1, dtype=torch.int64)
+    hidden = forward(model, one, one.bool(), output_hidden_states=True).hidden_states[-1]
+    if hidden.shape != (1, 1, model.get_output_embeddings().in_features):
+        what = f"the hidden states of a {type(model).__name__} are {tuple(hidden.shape)}"
+        raise UserError(f"{what} for one token; take --critic separate")
 
 
 def autocast(model):
@@ -314,11 +373,21 @@ def load(auto_class, path, made_by=None, **options):
 
 
 def _load_config(path, made_by, options):
-    """The model's config with all dropout off: two passes under two masks are two policies."""
+    """The model's config with all that is random off: two passes would be two policies.
+
+    Dropout goes by many names, layers may be dropped and routers jittered, in nested configs too.
+    Settings that change what a forward pass returns are put back.
+    """
     config = load(AutoConfig, path, made_by, **options)
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    configs = [config]
+    for each in configs:  # it grows
+        configs += [x for x in vars(each).values() if isinstance(x, PreTrainedConfig)]
+        for name, value in list(vars(each).items()):
+            if re.search("drop|jitter", name) and type(value) in (int, float):
+                setattr(each, name, type(value)(0))
+            elif name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+                setattr(each, name, False)
+        each.return_dict = True
     return config
 
 
@@ -338,8 +407,10 @@ def _load_weights(auto_class, path, made_by, config, options):
 def load_causal_lm(path, tokenizer, made_by=None, **options):
     """A causal LM in float32, without dropout, with an embedding for each of the tokens."""
     config = _load_config(path, made_by, options)
-    if re.search("Classification|MaskedLM", str(config.architectures)):
-        raise UserError(f"{path} is no causal LM but a {config.architectures[0]}")
+    kind = (config.architectures or [type(config).__name__])[0]
+    is_encoder = config.is_encoder_decoder or re.search("Classification|MaskedLM", kind)
+    if is_encoder or _head_file(path):
+        raise UserError(f"{path} is no causal LM but a {kind}")
     model, missing = _load_weights(AutoModelForCausalLM, path, made_by, config, options)
     if missing:
         raise UserError(f"{path} is no causal LM: it has no {missing[0]}")
@@ -374,7 +445,48 @@ def load_classifier(path, made_by=None, **options):
     is_number = type(mean) in (int, float) and type(deviation) in (int, float)
     if not (is_number and math.isfinite(mean) and 0 < deviation < math.inf):
         raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
-    return _load_weights(AutoModelForSequenceClassification, path, made_by, config, options)
+    known = type(config) in AutoModelForSequenceClassification._model_mapping
+    if known or "AutoModelForSequenceClassification" in getattr(config, "auto_map", {}):
+        return _load_weights(AutoModelForSequenceClassification, path, made_by, config, options)
+    return _load_trunk(path, made_by, config, options)
+
+
+def _head_file(path):
+    """Where the head lies of a model that transformers has no class for; None if there is none."""
+    quiet = dict.fromkeys(("missing_entries", "connection_errors"), False)
+    return cached_file(path, HEAD, **{f"_raise_exceptions_for_{k}": v for k, v in quiet.items()})
+
+
+def _load_trunk(path, made_by, config, options):
+    """The same for a family without such a class: its base model, with a linear head `score`."""
+    model, missing = _load_weights(AutoModel, path, made_by, config, options)
+    one = torch.ones(1, 1, dtype=torch.int64)
+    width = forward(model, one, one.bool()).last_hidden_state.shape[-1]
+    model.score = torch.nn.Linear(width, 1, bias=False)
+    file = _head_file(path)
+    if file:
+        model.score.load_state_dict(safetensors.torch.load_file(file))
+    return model, missing + ["score.weight"] * (not file)
+
+
+def save_model(model, folder):
+    """A model as a Hugging Face folder; a head that its class does not know as a file beside it."""
+    if getattr(model, "base_model", None) is model and has_token_head(model):
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith("score.")}
+        model.save_pretrained(folder, state_dict=state)
+        safetensors.torch.save_file(model.score.state_dict(), os.path.join(folder, HEAD))
+    else:
+        model.save_pretrained(folder)
+
+
+def read_model(model, folder):
+    """Put what `save_model` wrote back into the model."""
+    options = {"config": model.config, "dtype": torch.float32, "use_safetensors": True}
+    weights = type(model).from_pretrained(folder, **options).state_dict()
+    if os.path.exists(os.path.join(folder, HEAD)):
+        head = safetensors.torch.load_file(os.path.join(folder, HEAD))
+        weights |= {f"score.{key}": value for key, value in head.items()}
+    model.load_state_dict(weights)
 
 
 def load_scalar_model(path, tokenizer, made_by=None, **options):
@@ -452,7 +564,8 @@ def text_scores(model, tokens, attention_mask):
 
 # === Sampling =====================================================================================
 def sample_tokens(logits, temperature):
-    """One id per row of logits (b, vocabulary), drawn from softmax(logits / temperature): (b,).
+    """One id per row of logits (b, vocabulary), drawn from softmax(logits / temperature), and its
+    log-probability, (b,) each.
 
     By inversion: the first id at which the summed probability exceeds a uniform number. The sum is
     float64, since in float32 a large vocabulary's rare tokens would drown in its rounding.
@@ -461,11 +574,13 @@ def sample_tokens(logits, temperature):
     Raises:
         FloatingPointError: a row of logits has no softmax: it holds an inf or a nan.
     """
-    summed = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    summed = probabilities.double().cumsum(-1)
     if not summed[:, -1].isfinite().all():
         raise FloatingPointError("the logits are not finite")
     uniform = torch.rand_like(summed[:, :1])  # in [0, 1)
-    return torch.searchsorted(summed / summed[:, -1:], uniform, right=True).squeeze(-1)
+    tokens = torch.searchsorted(summed / summed[:, -1:], uniform, right=True)  # (b, 1)
+    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
 
 
 class KeysLikeValues:
@@ -489,47 +604,53 @@ class FixedCache(KeysLikeValues, StaticCache):
 
 @torch.no_grad()
 def generate_responses(model, prompts, prompt_mask, response_length, temperature):
-    """Sample a response to each left-padded prompt: (B, P) -> (B, R) ids, R <= response_length.
+    """Sample a response to each left-padded prompt (B, P): ids and log-probabilities, (B, R) each.
 
-    After an EOS a row holds pad. Temperature is the only setting, since top-k or top-p would sample
+    R is at most response_length. After an EOS a row holds pad, and 0. Temperature is the only setting, since top-k or top-p would sample
     from another distribution than the one whose log-probabilities are computed. The loop is ours,
     where `model.generate` would do, because a row that has ended leaves the batch:
-    bench/rollout.py times both. A few wait for company, as leaving copies the cache; no row can
-    leave the state of a recurrent layer.
+    bench/rollout.py times both. A few wait for company, as leaving copies the cache. State-space
+    models call it cache_params, and want the mask of the new columns only.
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
     response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)  # (B, R)
+    logprobs = torch.zeros_like(response, dtype=torch.float32)
+    is_state = "cache_params" in inspect.signature(model.forward).parameters
     rows = torch.arange(len(prompts), device=prompts.device)  # which are in the batch, (b,)
     is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
     cache, inputs, mask = GrowingCache(config=model.config), prompts, prompt_mask
+    as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     with autocast(model):  # all steps share one bf16 copy of the matrices
         for t in range(response_length):  # the first step reads the prompts, each later one a token
+            new = slice(-inputs.shape[1], None)
             output = model.forward(  # model() is what --compile compiles, for other shapes
-                input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True,
-                position_ids=position_ids(mask)[:, -inputs.shape[1] :], logits_to_keep=1,
+                input_ids=inputs, attention_mask=mask[:, new] if is_state else mask, use_cache=True,
+                position_ids=position_ids(mask)[:, new], logits_to_keep=1, **as_cache,
             )
-            tokens = sample_tokens(output.logits[:, -1], temperature)  # (b,)
+            tokens, logprob = sample_tokens(output.logits[:, -1], temperature)  # (b,) each
             tokens = torch.where(is_open, tokens, settings.pad_token_id)
-            response[rows, t] = tokens
+            response[rows, t], logprobs[rows, t] = tokens, torch.where(is_open, logprob, 0.0)
             is_open = is_open & ~torch.isin(tokens, eos_ids)
             num_open = int(is_open.sum())
             if num_open == 0:
                 break
-            recurrent = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in cache.layers)
-            if num_open <= 0.75 * len(rows) and not recurrent:  # those that have ended leave
-                cache.batch_select_indices(is_open.nonzero().squeeze(1))
+            if num_open <= 0.75 * len(rows):  # those that have ended leave
+                cache.reorder_cache(is_open.nonzero().squeeze(1))  # recurrent states too
                 rows, tokens, mask, is_open = (x[is_open] for x in (rows, tokens, mask, is_open))
             inputs = tokens[:, None]  # (b, 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     model.train(training)
-    return response[:, : t + 1]
+    return response[:, : t + 1], logprobs[:, : t + 1]
 
 
 @torch.no_grad()
 def generate_compiled(model, prompts, prompt_mask, response_length, temperature):
-    """The same by transformers' loop on a cache of fixed shapes: on CUDA one captured graph."""
+    """The same by transformers' loop on a cache of fixed shapes: on CUDA one captured graph.
+
+    The log-probabilities of what it draws would be logits of the whole vocabulary: there are none.
+    """
     settings, training = model.generation_config, model.training
     sampling = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
@@ -543,4 +664,4 @@ def generate_compiled(model, prompts, prompt_mask, response_length, temperature)
             prompts, attention_mask=prompt_mask, generation_config=sampling, past_key_values=cache
         )
     model.train(training)
-    return tokens[:, prompts.shape[1] :]
+    return tokens[:, prompts.shape[1] :], None

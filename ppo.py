@@ -190,8 +190,9 @@ def sample_responses(policy, prompt_rows, response_length, temperature):
     """One response per row, plainly sampled: no top-k, no top-p, nothing stored with the model.
 
     Returns:
-        tokens (B, P+R) int64, attention_mask (B, P+R) bool, response_mask (B, R) bool, and ended
-        (B,) bool, True where an EOS came. R is the longest response, at most response_length.
+        tokens (B, P+R) int64, attention_mask (B, P+R) bool, response_mask (B, R) bool, ended (B,)
+        bool, True where an EOS came, and the sampler's own log-probabilities (B, R), which only
+        `check_sampler` reads. R is the longest response, at most response_length.
     """
     settings = policy.generation_config
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
@@ -200,12 +201,14 @@ def sample_responses(policy, prompt_rows, response_length, temperature):
     prompts, prompt_mask = prompts.to(policy.device), prompt_mask.to(policy.device)
     compiled = getattr(policy, "samples_compiled", False)  # by --compile, on CUDA
     sample = common.generate_compiled if compiled else common.generate_responses
-    response = sample(policy, prompts, prompt_mask, response_length, temperature)  # (B, R)
+    sampled = sample(policy, prompts, prompt_mask, response_length, temperature)
+    response, sampled_logprobs = sampled  # (B, R) each
     response_mask = mask_through_first_eos(response, settings.eos_token_id)
     eos_ids = torch.tensor(settings.eos_token_id, device=response.device)
     ended = torch.isin(response, eos_ids).any(1)  # (B,)
     attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P+R)
-    return torch.cat([prompts, response], 1), attention_mask, response_mask, ended
+    tokens = torch.cat([prompts, response], 1)  # (B, P+R)
+    return tokens, attention_mask, response_mask, ended, sampled_logprobs
 
 
 def decode_responses(tokens, attention_mask, response_mask, ended, tokenizer):
@@ -530,6 +533,7 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
     weighted by c1, trains the policy's trunk too, and the two may pull apart. New heads start at 0.
     """
     if cfg.critic == "shared":
+        common.check_hidden_states(policy)
         critic = ValueHead(policy.get_output_embeddings().in_features, 1)
         torch.nn.init.zeros_(critic.weight)
         torch.nn.init.zeros_(critic.bias)
@@ -582,9 +586,8 @@ def main(cfg):
     for iteration, prompt_rows in run.steps(batches, cfg.iterations):
         # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); ended
         run.phase("rollout")
-        tokens, attention_mask, response_mask, ended = sample_responses(
-            policy, prompt_rows, cfg.response_length, cfg.temperature
-        )
+        rollout = sample_responses(policy, prompt_rows, cfg.response_length, cfg.temperature)
+        tokens, attention_mask, response_mask, ended, sampled_logprobs = rollout
         responses = decode_responses(tokens, attention_mask, response_mask, ended, tokenizer)
 
         # 2. SCORE       tokens, texts -> score_parts (S, B); final_scores (B,), less if it was cut
@@ -598,6 +601,7 @@ def main(cfg):
         logprobs, ref_logprobs, values, entropy = evaluate_tokens(
             policy, critic, ref_policy, *inputs, cfg.microbatch_size
         )
+        metrics.check_sampler(run, policy, sampled_logprobs, logprobs, response_mask)
 
         # 4. REWARDS     final_scores, logprobs -> token_kl, rewards (B, R)                 eq. 1
         token_kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # < 0 for some tokens
@@ -673,7 +677,7 @@ def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
         torch.manual_seed(cfg.seed)
         for start in range(0, len(rows), cfg.batch_size):
             some = rows[start : start + cfg.batch_size]
-            tokens, attention_mask, response_mask, ended = sample_responses(
+            tokens, attention_mask, response_mask, ended, _ = sample_responses(
                 policy, some, cfg.response_length, cfg.temperature
             )
             texts = decode_responses(tokens, attention_mask, response_mask, ended, tokenizer)
@@ -711,7 +715,7 @@ def rehearse(run, policy, ref_policy, critic, scorers, optimizer, rows):
     sizes, eos_ids = (cfg.response_length, cfg.temperature), settings.eos_token_id
     settings.eos_token_id = []  # nothing ends
     with torch.random.fork_rng(devices=[run.device]):
-        tokens, mask, _, _ = sample_responses(policy, [longest] * cfg.batch_size, *sizes)
+        tokens, mask, *_ = sample_responses(policy, [longest] * cfg.batch_size, *sizes)
     settings.eos_token_id = eos_ids
     mask[0, 0] = len(longest.prompt_ids) == 1  # attention needs a mask in most micro-batches
     run.phase("score")

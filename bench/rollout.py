@@ -43,7 +43,7 @@ def engines(model, prompts, shape):
         return [ids[: end + 1] for ids, end in zip(rows, ends)]
 
     def ours(sample=common.generate_responses):
-        return cut(sample(model, tokens, mask, shape.response_length, 1.0))
+        return cut(sample(model, tokens, mask, shape.response_length, 1.0)[0])
 
     def generate():
         output = model.generate(tokens, attention_mask=mask, generation_config=settings)

@@ -18,6 +18,7 @@ import filelock
 import safetensors.torch
 import torch
 
+import common
 from common import UserError, is_out_of_memory
 from plumbing import cli
 
@@ -145,7 +146,7 @@ def write_checkpoint(folder, cfg, models, tokenizer, state):
         for model, path in places(models, partial):
             path.mkdir(parents=True, exist_ok=True)
             if hasattr(model, "save_pretrained"):
-                model.save_pretrained(path)
+                common.save_model(model, path)
             else:
                 safetensors.torch.save_file(model.state_dict(), path / VALUE_HEAD)
         tokenizer.save_pretrained(partial)
@@ -182,11 +183,9 @@ def read_weights(models, folder):
     """Put what `write_checkpoint` wrote of the models back into them."""
     for model, path in places(models, folder):
         if hasattr(model, "save_pretrained"):
-            options = {"config": model.config, "dtype": torch.float32, "use_safetensors": True}
-            weights = type(model).from_pretrained(path, **options).state_dict()
+            common.read_model(model, path)
         else:
-            weights = safetensors.torch.load_file(path / VALUE_HEAD)
-        model.load_state_dict(weights)
+            model.load_state_dict(safetensors.torch.load_file(path / VALUE_HEAD))
 
 
 def finish(folder, cfg, keep_state):

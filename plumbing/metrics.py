@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from common import UserError
+
 try:
     import resource
 except ImportError:  # Windows
@@ -38,6 +40,7 @@ def ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
         "approx_kl": means["approx_kl"],  # 0.001 to 0.05
         "clip_fraction": means["clip_fraction"],  # 0.01 to 0.2
         "ratio_first": steps[0]["ratio"].item(),  # 1 up to rounding
+        "sampler_gap": run.sampler_gap,  # 0 up to rounding: see SAMPLER_GAP
         "approx_kl_first": steps[0]["approx_kl"].item(),  # 0 up to rounding; a mean hides noise
         "explained_variance": 1 - unexplained,  # below 0 at first, then up
         "optimizer_steps": len(steps),  # skipped ones too; with --max-approx-kl, one not taken
@@ -51,6 +54,28 @@ def ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
         "tokens_per_second": mask.sum().item() / sum(seconds.values()),  # of responses, all phases
         "peak_memory_gb": peak and peak / 1e9,  # so far; tensors on CUDA, else the whole process
     }
+
+
+# Of mean |log pi as sampled - log pi recomputed|, in nats: ten times what tests/test_families.py
+# finds in the worst of its families, by --dtype; above END nothing may be learned.
+SAMPLER_GAP, END = {False: 1e-4, True: 0.2}, 0.5  # {is it bf16?: warn above}
+
+
+def check_sampler(run, policy, sampled_logprobs, logprobs, response_mask):
+    """Was it sampled from the distribution that is learned from? `run.sampler_gap` says how nearly.
+
+    It is None under --compile on CUDA. In a run's first rollout a large one ends the run.
+    """
+    run.sampler_gap = None
+    if sampled_logprobs is None:
+        return
+    run.sampler_gap = (sampled_logprobs - logprobs)[response_mask].abs().mean().item()
+    what = f"the sampler's log-probabilities are off by {run.sampler_gap:.2g} nats a token"
+    if run.step == run.done + 1 and not run.sampler_gap <= END:
+        raise UserError(f"{what}: a {type(policy).__name__} can't be sampled token by token here")
+    if run.sampler_gap > SAMPLER_GAP[getattr(policy, "in_bf16", False)]:
+        causes = "a cache that rounds, experts that flip: is it gone with --dtype float32?"
+        run.warn("sampler", f"{what}. Usual causes: {causes}")
 
 
 PPO_BAR = {"score": "score", "true": "true_reward", "kl": "kl", "length": "response_length"}

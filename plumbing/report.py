@@ -96,7 +96,7 @@ def sft_result(loss_before, loss, model, tokenizer, examples):
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     fits = max(len(x) + len(y) for x, y in examples)  # the model may have no positions beyond
     length = min(64, fits - tokens.shape[1])
-    responses = common.generate_responses(model, tokens, mask, length, temperature=1.0)
+    responses, _ = common.generate_responses(model, tokens, mask, length, temperature=1.0)
     for prompt_ids, response in zip(prompts, responses):
         print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
         print(f"    ->{common.decode(tokenizer, prompt_ids, response.tolist())}")

@@ -174,9 +174,13 @@ class Run:
             shown = {name: row[key] for name, key in show.items() if row[key] is not None}
             self.bar.set_postfix({n: f"{x:.3g}" for n, x in shown.items()}, refresh=False)
         for symptom, message in find_warnings(self.history).items() if find_warnings else ():
-            if symptom not in self.warned:
-                self.bar.write(f"warning, iteration {self.step}: {message}")
-                self.warned.add(symptom)
+            self.warn(symptom, message)
+
+    def warn(self, symptom, message):
+        """Print a warning beside the progress bar, once for each symptom."""
+        if symptom not in self.warned:
+            self.bar.write(f"warning, iteration {self.step}: {message}")
+            self.warned.add(symptom)
 
     def append(self, name, row):
         """Add a row to a log; a number that is not finite becomes null."""

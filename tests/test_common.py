@@ -153,7 +153,7 @@ def test_sampling_by_inversion_reaches_rare_tokens_and_no_impossible_one():
         fixed = lambda like: torch.full_like(like, uniform)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand_like", fixed)
-            assert common.sample_tokens(logits, 1.0).item() == expected
+            assert common.sample_tokens(logits, 1.0)[0].item() == expected
 
 
 def test_logits_that_are_not_finite_are_not_sampled_from():

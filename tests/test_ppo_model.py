@@ -34,7 +34,7 @@ def a_rollout(policy, num_rows=6, response_length=7):
     """Sampled responses to prompts of unequal length: tokens, attention_mask, response_mask."""
     torch.manual_seed(1)
     prompts, prompt_mask = left_padded([[5] * (1 + row % 3) + [6] for row in range(num_rows)])
-    response = common.generate_responses(policy, prompts, prompt_mask, response_length, 1.0)
+    response, _ = common.generate_responses(policy, prompts, prompt_mask, response_length, 1.0)
     response_mask = ppo.mask_through_first_eos(response, [EOS])
     return torch.cat([prompts, response], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
 
@@ -91,7 +91,7 @@ def test_sampled_tokens_follow_the_distribution_that_is_scored(temperature, comp
     for row in range(2):
         torch.manual_seed(row)
         prompts, prompt_mask = (x[row : row + 1].expand(number, -1) for x in (prompt, mask))
-        first = SAMPLERS[compiled](policy, prompts, prompt_mask, 1, temperature)[:, 0]
+        first = SAMPLERS[compiled](policy, prompts, prompt_mask, 1, temperature)[0][:, 0]
         candidates = torch.cat([prompt[row].expand(5, -1), torch.arange(5)[:, None]], 1)
         everything = torch.cat([mask[row].expand(5, -1), torch.ones(5, 1).bool()], 1)
         p = ppo.forward_responses(policy, None, candidates, everything, 1, temperature)[0][:, 0].exp()
@@ -106,7 +106,7 @@ def test_whole_sampled_responses_follow_the_distribution_that_is_scored(compiled
     policy, number = tiny_lm(vocab_size=4), 8000
     torch.manual_seed(0)
     prompts, prompt_mask = (x.expand(number, -1) for x in left_padded([[3, 2]]))
-    sampled = SAMPLERS[compiled](policy, prompts, prompt_mask, 3, 1.0)
+    sampled, _ = SAMPLERS[compiled](policy, prompts, prompt_mask, 3, 1.0)
     counts = {}
     for row in sampled.tolist():
         counts[tuple(row)] = counts.get(tuple(row), 0) + 1
@@ -464,7 +464,7 @@ def test_precision_is_a_property_of_a_model_and_needs_no_context_around_its_call
         torch.manual_seed(0)
         read.clear()
         logits, scores = common.forward(policy, prompts, mask).logits, common.token_scores(scalar, prompts, mask)
-        return logits, scores, common.generate_responses(policy, prompts, mask, 5, 1.0), *read
+        return logits, scores, common.generate_responses(policy, prompts, mask, 5, 1.0)[0], *read
 
     placed = tiny_lm(), tiny_scalar()
     for model in placed:
@@ -482,7 +482,7 @@ def test_precision_is_a_property_of_a_model_and_needs_no_context_around_its_call
     torch.manual_seed(0)
     read.clear()
     with bf16:
-        sampled = common.generate_responses(policy, prompts, mask, 5, 1.0)
+        sampled, _ = common.generate_responses(policy, prompts, mask, 5, 1.0)
     for theirs in (ours, of_a_copy):
         assert all(torch.equal(a, b) for a, b in zip(theirs, (logits, scores, sampled, *read), strict=True))
 
