@@ -368,6 +368,11 @@ def load(auto_class, path, made_by=None, **options):
             lines = ["it brings code of its own, which is run only with --trust-remote-code"]
         if options.get("attn_implementation"):  # may be a package that is not installed
             hint = f"; or leave out --attention {options['attn_implementation']}"
+        names = os.listdir(path) if os.path.isdir(path) else []
+        if "adapter_config.json" in names and "config.json" not in names:
+            lines = ["it is an adapter; merge it into its model first (peft: merge_and_unload)"]
+        elif any(name.endswith(".bin") for name in names) and "model.safetensors" not in names:
+            hint = "; pickled weights (.bin) are never read: save them as safetensors"
         reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]
         raise UserError(f"{path} {what}: {reason}{hint}") from error
 
@@ -409,7 +414,7 @@ def load_causal_lm(path, tokenizer, made_by=None, **options):
     config = _load_config(path, made_by, options)
     kind = (config.architectures or [type(config).__name__])[0]
     is_encoder = config.is_encoder_decoder or re.search("Classification|MaskedLM", kind)
-    if is_encoder or _head_file(path):
+    if is_encoder or find_file(path, HEAD):
         raise UserError(f"{path} is no causal LM but a {kind}")
     model, missing = _load_weights(AutoModelForCausalLM, path, made_by, config, options)
     if missing:
@@ -451,19 +456,17 @@ def load_classifier(path, made_by=None, **options):
     return _load_trunk(path, made_by, config, options)
 
 
-def _head_file(path):
-    """Where the head lies of a model that transformers has no class for; None if there is none."""
+def find_file(path, name):
+    """Where a file of a model's folder or hub id lies; None if it has none."""
     quiet = dict.fromkeys(("missing_entries", "connection_errors"), False)
-    return cached_file(path, HEAD, **{f"_raise_exceptions_for_{k}": v for k, v in quiet.items()})
+    return cached_file(path, name, **{f"_raise_exceptions_for_{k}": v for k, v in quiet.items()})
 
 
 def _load_trunk(path, made_by, config, options):
     """The same for a family without such a class: its base model, with a linear head `score`."""
     model, missing = _load_weights(AutoModel, path, made_by, config, options)
-    one = torch.ones(1, 1, dtype=torch.int64)
-    width = forward(model, one, one.bool()).last_hidden_state.shape[-1]
-    model.score = torch.nn.Linear(width, 1, bias=False)
-    file = _head_file(path)
+    model.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+    file = find_file(path, HEAD)
     if file:
         model.score.load_state_dict(safetensors.torch.load_file(file))
     return model, missing + ["score.weight"] * (not file)
@@ -471,7 +474,7 @@ def _load_trunk(path, made_by, config, options):
 
 def save_model(model, folder):
     """A model as a Hugging Face folder; a head that its class does not know as a file beside it."""
-    if getattr(model, "base_model", None) is model and has_token_head(model):
+    if is_trunk(model):
         state = {k: v for k, v in model.state_dict().items() if not k.startswith("score.")}
         model.save_pretrained(folder, state_dict=state)
         safetensors.torch.save_file(model.score.state_dict(), os.path.join(folder, HEAD))
@@ -513,6 +516,11 @@ def has_token_head(model):
     return isinstance(getattr(model, "score", None), torch.nn.Linear)
 
 
+def is_trunk(model):
+    """Is it a base model with a head added here, for want of a class of transformers?"""
+    return has_token_head(model) and model.base_model is model
+
+
 def fit_embeddings(model, tokenizer):
     """Add an embedding for the new pad token if the model has no spare one."""
     size = model.get_input_embeddings().num_embeddings
@@ -551,6 +559,17 @@ def token_scores(model, tokens, attention_mask):
     scores = model.score(hidden.float()).squeeze(-1)  # in float32: bf16 keeps 3 digits of a score
     mean, deviation = score_scale(model.config)
     return (scores - mean) / deviation
+
+
+def score_logits(model, **inputs):
+    """A classifier's own logits (b, 1); those of a trunk with a head that its class does not know
+    are raw `text_scores` of texts that are padded on the right.
+    """
+    if not is_trunk(model):
+        return model(**inputs).logits
+    mean, deviation = score_scale(model.config)
+    scores = text_scores(model, inputs["input_ids"], inputs["attention_mask"].bool())
+    return scores[:, None] * deviation + mean
 
 
 def text_scores(model, tokens, attention_mask):
@@ -606,11 +625,11 @@ class FixedCache(KeysLikeValues, StaticCache):
 def generate_responses(model, prompts, prompt_mask, response_length, temperature):
     """Sample a response to each left-padded prompt (B, P): ids and log-probabilities, (B, R) each.
 
-    R is at most response_length. After an EOS a row holds pad, and 0. Temperature is the only setting, since top-k or top-p would sample
-    from another distribution than the one whose log-probabilities are computed. The loop is ours,
-    where `model.generate` would do, because a row that has ended leaves the batch:
-    bench/rollout.py times both. A few wait for company, as leaving copies the cache. State-space
-    models call it cache_params, and want the mask of the new columns only.
+    R is at most response_length. After an EOS a row holds pad, and 0. Temperature is the only
+    setting, since top-k or top-p would sample from another distribution than the one whose
+    log-probabilities are computed. The loop is ours, where `model.generate` would do, because a row
+    that has ended leaves the batch: bench/rollout.py times both. A few wait for company, as leaving
+    copies the cache. State-space models call it cache_params, and want the mask of the new columns.
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)

@@ -57,6 +57,8 @@ Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, trainer_state/
           args.json, metrics.jsonl, samples.jsonl
 """
 
+import plumbing  # first: Ctrl-C while torch loads is no traceback
+
 import copy
 import dataclasses
 import math

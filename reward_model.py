@@ -35,6 +35,8 @@ Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one
           finished also trainer_state/ (for --resume)
 """
 
+import plumbing  # first: Ctrl-C while torch loads is no traceback
+
 import math
 import os
 from dataclasses import dataclass

@@ -29,6 +29,8 @@ Writes    ckpt/sft: the policy as a Hugging Face folder, args.json and metrics.j
           is finished also trainer_state/ (for --resume)
 """
 
+import plumbing  # first: Ctrl-C while torch loads is no traceback
+
 import math
 from dataclasses import dataclass
 

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import pathlib
 import shlex
 import signal
@@ -158,6 +159,29 @@ ADVICE = {  # {phase of a run: what helps if memory runs out in it}
 SIZES = ("batch_size", "microbatch_size", "max_prompt_length", "response_length")
 now_in = {}  # the "phase" that the run is in, its "step" and "cfg": errors name them
 at_end = []  # functions to call when the command ends, however it does
+at_error = []  # functions to call when it ends with an error of the user's; each says what it did
+
+
+class _Deaf:
+    """A stream whose reader may go away (`| head`): what is printed then is lost, and no more."""
+
+    def __init__(self, stream):
+        self.stream, self.closed_early = stream, False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, method, *arguments):
+        with contextlib.suppress(BrokenPipeError):
+            return None if self.closed_early else method(*arguments)
+        self.closed_early = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for Python's last flush
+
+    def write(self, text):
+        return self._try(self.stream.write, text) or len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
 
 
 @contextlib.contextmanager
@@ -172,13 +196,17 @@ def command_line():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no error
     now_in.update(phase="loading", step=0, cfg=None)
+    at_error.clear()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Deaf, streams)
     try:
         try:
             yield
         except (RuntimeError, MemoryError, FloatingPointError) as error:
             raise UserError(_explain(error)) from error
     except UserError as error:
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        done = "".join(function() for function in at_error)
+        print(f"{script}: error: {' '.join(f'{error}{done}'.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -188,6 +216,7 @@ def command_line():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         while at_end:
             at_end.pop(0)()
+        sys.stdout, sys.stderr = streams
 
 
 def _explain(error):

@@ -8,6 +8,8 @@ else is in the folder is not touched.
 
 import contextlib
 import dataclasses
+import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -115,6 +117,51 @@ def read_state(folder, cfg, may_change):
                 f"{', '.join(sorted(may_change))}"
             )
     return source, state
+
+
+READS = ("policy", "reward", "judge", "data", "eval_data", "prompts", "eval_prompts")
+
+
+def fingerprints(cfg):
+    """{flag, value: hash} of what the flags name, by content: models with their tokenizer, data
+    rows as parsed, the source of functions. A resumed run needs the same under the same names.
+    """
+    given = {name: getattr(cfg, name, None) or [] for name in READS}
+    every = [(name, x) for name, v in given.items() for x in ([v] if isinstance(v, str) else v)]
+    return {f"{cli.flag_of(name)} {value}": _fingerprint(value) for name, value in every}
+
+
+def _fingerprint(path):
+    digest = hashlib.sha256()
+    if re.search(r"\.py:\w+$", path):
+        digest.update(pathlib.Path(path.rpartition(":")[0]).read_bytes())
+    elif os.path.isfile(path):
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+            for line in filter(bytes.strip, file):
+                row = json.loads(line.decode("utf-8-sig"))
+                digest.update(json.dumps(row, sort_keys=True).encode())
+    else:
+        folder = pathlib.Path(common.find_file(path, "config.json") or path).parent
+        for file in sorted(folder.glob("*")):
+            if file.suffix == ".safetensors":
+                _add_blocks(digest, file)
+            elif file.name == "config.json":
+                config = json.loads(file.read_text(encoding="utf-8"))
+                known = {k: v for k, v in config.items() if k != "transformers_version"}
+                digest.update(json.dumps(known, sort_keys=True).encode())
+            elif file.name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _add_blocks(digest, file):
+    """A weights file: whole up to 1 GB, above that 1,000 evenly spaced blocks, the header first."""
+    size, block = file.stat().st_size, 2**20
+    digest.update(str(size).encode())
+    with open(file, "rb") as opened:
+        for start in range(0, size, block if size < 1e9 else size // 1000):
+            opened.seek(start)
+            digest.update(opened.read(block))
 
 
 def clear(folder, cfg):

@@ -73,9 +73,13 @@ class Run:
         self.phase("evaluation")
         self.models, self.tokenizer = models, tokenizer
         self.optimizer, self.schedule, self.num_examples = optimizer, schedule, num_examples
-        state = self.state
+        state, self.inputs = self.state, folders.fingerprints(self.cfg)
         if not self.done:
             return
+        for what, fingerprint in self.inputs.items():
+            if state["inputs"].get(what) != fingerprint:
+                how = "put it back, or start anew with --overwrite"
+                raise UserError(f"{what} has changed since the run began: {how}")
         if num_examples != state["num_examples"]:
             raise UserError(
                 f"the data give {num_examples} examples now and gave {state['num_examples']} when "
@@ -121,7 +125,9 @@ class Run:
         batches, self.num_steps = itertools.islice(batches, self.done, num_steps), num_steps
         name = pathlib.Path(sys.argv[0]).stem
         self.bar = tqdm(batches, desc=name, unit="it", initial=self.done, total=num_steps)
+        cli.at_error.append(self.rescue)
         for self.step, batch in enumerate(self.bar, self.done + 1):
+            self.random = self.random_states()  # for `rescue`
             self.seconds.clear()
             self.num_skipped, self.entered = 0, ("step", time.perf_counter())
             yield self.step, batch
@@ -197,18 +203,38 @@ class Run:
         """Is this step the last or one of every so many?"""
         return self.step == self.num_steps or self.step % every == 0
 
+    def random_states(self):
+        """Those of Python and torch, which --resume puts back."""
+        return {
+            "random": random.getstate(), "torch_random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all(),
+        }
+
     def save_if_due(self, **kept):
         """A checkpoint every --save-every steps, at the last, and before a stop."""
+        self.latest = kept
         if self.is_due(self.cfg.save_every) or self.signal:
-            self.phase("checkpoint")
-            state = {
-                "args": dataclasses.asdict(self.cfg), "step": self.step, "kept": kept,
-                "num_examples": self.num_examples, "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(), "random": random.getstate(),
-                "torch_random": torch.get_rng_state(),
-                "cuda_random": torch.cuda.get_rng_state_all(),
-            }
-            folders.write_checkpoint(self.folder, self.cfg, self.models, self.tokenizer, state)
+            self.save(self.step, self.random_states())
+
+    def save(self, step, random_states):
+        """A checkpoint of `step` steps."""
+        self.phase("checkpoint")
+        state = random_states | {
+            "args": dataclasses.asdict(self.cfg), "step": step, "kept": self.latest,
+            "inputs": self.inputs, "num_examples": self.num_examples,
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+        }
+        folders.write_checkpoint(self.folder, self.cfg, self.models, self.tokenizer, state)
+
+    def rescue(self):
+        """What an error may end before the models have changed in a step is saved first."""
+        before, phases = self.step - 1, ("rollout", "score", "log-probabilities")
+        if before <= self.done or self.entered[0] not in phases:
+            return ""
+        saved = folders.checkpoints(self.folder)
+        if not saved or saved[-1].name != f"checkpoint-{before}":
+            self.save(before, self.random)
+        return f"; {before} iterations are saved: {cli.resume_command(self.cfg)}"
 
     def finish(self):
         """The newest checkpoint's files come to lie in the folder itself."""

@@ -4,20 +4,27 @@ A scorer is called as scorer(tokens, attention_mask, rows, responses) and gives 
 response, (B,) float32, on the device of the tokens: (B, P+R) ids, B data rows and B texts.
 """
 
+import contextlib
 import copy
 import importlib.util
 import math
 import os
 import pathlib
+import random
 import re
 import sys
 import traceback
 
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import common
 from common import UserError
+from plumbing import cli
+
+
+HOME = pathlib.Path(__file__).resolve().parent.parent  # this project
 
 
 class Scorer:
@@ -40,20 +47,48 @@ class FunctionScorer(Scorer):
         module_spec = importlib.util.spec_from_file_location(name_here, path)
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[module_spec.name] = module  # dataclasses and pickle look it up there
-        sys.path.append(str(pathlib.Path(path).resolve().parent))  # it may import its neighbours
+        self.folder, self.modules = pathlib.Path(path).resolve().parent, {}
+        sys.path.append(str(self.folder))  # it may import its neighbours
         try:
-            module_spec.loader.exec_module(module)
+            with self.at_home():
+                module_spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             raise UserError(f"{spec}: {path} fails: {type(error).__name__}: {error}") from error
         self.function, self.name = getattr(module, name, None), f"{name}()"
         if not callable(self.function):
             raise UserError(f"{spec}: {path} has no function {name}")
 
+    @contextlib.contextmanager
+    def at_home(self):
+        """The user's code has random numbers of its own, whatever it draws or seeds, and imports a
+        neighbour of its own where one has the name of ours, common.py say.
+        """
+        path = lambda module: pathlib.Path(getattr(module, "__file__", None) or ".").resolve()
+        is_ours = lambda m: HOME in path(m).parents and self.folder not in path(m).parents
+        names = {file.stem for file in self.folder.iterdir()}
+        ours = {n: m for n, m in [*sys.modules.items()] if n.split(".")[0] in names and is_ours(m)}
+        for name in ours:
+            del sys.modules[name]
+        sys.modules.update(self.modules)
+        sys.path.insert(0, str(self.folder))
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            random.setstate(state)
+            sys.path.remove(str(self.folder))
+            self.modules |= {name: sys.modules.pop(name) for name in ours if name in sys.modules}
+            sys.modules.update(ours)
+
     def __call__(self, tokens, attention_mask, rows, responses):
         """What the function says, as it is, checked to be one finite number per response."""
         its_rows = copy.deepcopy(rows)  # what it does to them stays its own
         try:
-            scores = self.function([row["prompt"] for row in its_rows], list(responses), its_rows)
+            with self.at_home():
+                prompts = [row["prompt"] for row in its_rows]
+                scores = self.function(prompts, list(responses), its_rows)
             scores = scores if isinstance(scores, (str, dict, set)) else list(scores)
         except (Exception, SystemExit) as error:
             if common.is_out_of_memory(error):
@@ -112,7 +147,7 @@ class TextScorer(Scorer):
         self.spec, self.model, self.microbatch_size = spec, model, microbatch_size
         self.tokenizer, self.eos_ids = tokenizer, common.eos_token_ids(tokenizer, model)
         self.is_ours = hasattr(model.config, "reward_mean")  # reward_model.py made it
-        self.needs_scale = not self.is_ours
+        self.needs_scale, self.num_cut = not self.is_ours, 0
 
     def encode(self, prompt, response):
         """The model's inputs for one prompt and response: lists under "input_ids" and so on."""
@@ -130,6 +165,24 @@ class TextScorer(Scorer):
         prompt_ids, response_ids = common.encode(self.tokenizer, prompt, response)
         return {"input_ids": prompt_ids + response_ids}
 
+    def fit(self, inputs):
+        """Inputs that this model has positions for: too long ones lose their prompt's beginning.
+
+        The first token stays, BOS or CLS. One row that is too long must not end a run of hours.
+        """
+        config = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or 0  # XLNet says -1 for none
+        limit = min(self.tokenizer.model_max_length, positions if positions > 0 else math.inf)
+        if len(inputs["input_ids"]) <= limit:
+            return inputs
+        self.num_cut += 1
+        if self.num_cut == 1:
+            what = "longer texts lose the beginning of the prompt"
+            tqdm.write(f"warning: {self.spec} reads {limit} tokens; {what}")
+            report = lambda: print(f"  {self.num_cut} texts were cut to fit {self.spec}")
+            cli.at_end.insert(0, report)
+        return {name: [ids[0], *ids[len(ids) - limit + 1 :]] for name, ids in inputs.items()}
+
     @torch.no_grad()
     def __call__(self, tokens, attention_mask, rows, responses):
         """Scores by the model's own forward pass, normalised."""
@@ -138,15 +191,15 @@ class TextScorer(Scorer):
             inputs = [self.encode(prompt, response) for prompt, response in texts]
         except ValueError as error:
             raise UserError(f"{self.spec} can't read the prompts: a row {error}") from error
+        inputs = [self.fit(each) for each in inputs]
         longest = max(len(each["input_ids"]) for each in inputs)
-        common.check_context(self.model, longest)
         scores, (mean, deviation) = [], common.score_scale(self.model.config)
         for start in range(0, len(inputs), self.microbatch_size):
             some = inputs[start : start + self.microbatch_size]
             padded = self.tokenizer.pad(some, padding_side="right", return_tensors="pt")
             try:
                 with common.autocast(self.model):
-                    logits = self.model(**padded.to(self.model.device)).logits  # (b, 1)
+                    logits = common.score_logits(self.model, **padded.to(self.model.device))
             except (IndexError, ValueError, RuntimeError) as error:
                 if common.is_out_of_memory(error):  # others: RoBERTa has fewer positions than its
                     raise  # config says, BART wants an EOS, DeBERTa can't do bf16
