@@ -209,13 +209,14 @@ def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True):
 notes = collections.Counter()  # what `encode` met that must not go unsaid: {what: examples}
 
 
-def encode(tokenizer, prompt, response=None, eos_ids=()):
+def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None):
     """(prompt ids, response ids) of one text or chat; all stages make their ids here.
 
     Args:
         prompt: a string, or a chat up to the assistant's turn, a list of {"role", "content"}.
         response: a string, or messages that go on with the chat; None has no ids.
         eos_ids: what may end a response besides the tokenizer's EOS.
+        tools: of a chat, a list of JSON schemas for its template.
 
     A response's ids are those by which the whole text goes on from the prompt's. They end with one
     EOS, where the policy's own response would: at the first one behind its words. (An EOS quoted
@@ -231,7 +232,9 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
     if isinstance(prompt, str):
         opening, before = prompt, _ids_before_texts(tokenizer)
     else:
-        opening, before = _opening(tokenizer, prompt), []
+        opening, before = _opening(tokenizer, prompt, tools), []
+    if tools and (isinstance(prompt, str) or "tools" not in str(tokenizer.chat_template)):
+        notes["with tools that nothing renders"] += 1
     prompt_ids = _ids(tokenizer, opening)
     prompt_ids = prompt_ids if prompt_ids[: len(before)] == before else before + prompt_ids
     if response is None:
@@ -239,7 +242,9 @@ def encode(tokenizer, prompt, response=None, eos_ids=()):
     if isinstance(prompt, str):
         text, words = _string_response(tokenizer, response, {*eos, *eos_ids})
     else:
-        text, words = _chat_response(tokenizer, prompt, response, opening)
+        text, words = _chat_response(tokenizer, prompt, response, opening, tools)
+    if not words.strip():
+        notes["with an empty response, of which only the EOS is left"] += 1
     reply = _ids_behind(tokenizer, opening, text)
     num_within = sum(map(is_end, _ids(tokenizer, words)))  # of earlier turns, or quoted
     ends = [i for i, id in enumerate(reply) if is_end(id)][num_within:]
@@ -301,28 +306,43 @@ def _string_response(tokenizer, response, eos_ids):
     return response, words
 
 
-def _opening(tokenizer, prompt):
+def _opening(tokenizer, prompt, tools):
     """The text of a chat up to the words that open the assistant's turn."""
     if prompt[-1]["role"] == "assistant":
         raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
-    return render_chat(tokenizer, prompt, add_generation_prompt=True)
+    return render_chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)
 
 
-def _chat_response(tokenizer, prompt, response, opening):
+def _chat_response(tokenizer, prompt, response, opening, tools):
     """(what the response adds to the opening of a chat, that up to the end of its last words)."""
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
-    whole = render_chat(tokenizer, prompt + response)
+    whole = render_chat(tokenizer, prompt + response, tools=tools)
     if not whole.startswith(opening):
         raise ValueError(
             "does not fit the chat template: a reply is not rendered as the chat so far and more, "
             "so no model that goes on with the one could write the other"
         )
     text, words = whole[len(opening) :], response[-1]["content"].strip()
-    before = render_chat(tokenizer, prompt + response[:-1], add_generation_prompt=True)
+    before = _opening(tokenizer, prompt + response[:-1], tools) if response[1:] else opening
     last_turn = len(before) - len(opening) if whole.startswith(before) else 0
+    if not _has_words(text, response):
+        notes["with words of the assistant (or its reasoning_content) that the template drops"] += 1
     words_start = text.find(words, last_turn)  # not there if the template changes them
     return text, text[: words_start + len(words) if words_start >= 0 else last_turn]
+
+
+def _has_words(text, response):
+    """Do the assistant's words stand in the text in their order, thoughts first?"""
+    position = 0
+    for message in response:
+        keys = ("reasoning_content", "reasoning", "thinking", "content")
+        parts = [message.get(key) or "" for key in keys if message["role"] == "assistant"]
+        for word in " ".join(map(str, parts)).split():
+            position = text.find(word, position) + len(word)
+            if position < len(word):
+                return False
+    return True
 
 
 def render_chat(tokenizer, messages, **options):

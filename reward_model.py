@@ -93,8 +93,9 @@ def init_head(model):
 def encode_row(row, tokenizer, eos_ids, cfg):
     """The (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
     prompt, chosen, rejected = preference(row)  # strings or chats, from any accepted format
-    prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids)
-    _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids)
+    tools = row.get("tools")
+    prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids, tools)
+    _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids, tools)
     reason = too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
     if chosen_ids == rejected_ids:
         reason = "chosen and rejected the same"  # its loss is log 2 and its gradient 0
@@ -129,9 +130,15 @@ def score_pairs(model, pairs, microbatch_size, pad_id, desc=None):
 
 
 def accuracy(better, worse):
-    """(share of pairs with better > worse, ties counting half; twice its standard error)."""
+    """(share of pairs with better > worse, ties counting half; twice its standard error).
+
+    The error is that of Agresti and Coull 1998, two more wins and losses: of few pairs, all won, it
+    is not 0.
+    """
     share = ((better > worse).float() + 0.5 * (better == worse).float()).mean().item()
-    return share, 2 * math.sqrt(share * (1 - share) / len(better))
+    number = len(better) + 4
+    expected = (share * len(better) + 2) / number
+    return share, 2 * math.sqrt(expected * (1 - expected) / number)
 
 
 def calibration(differences, num_bins=4):

@@ -94,13 +94,26 @@ def row_dialogues(row):
     turns = [i for i in range(first, len(chat)) if roles[i] == "assistant" != roles[i - 1]]
     if not turns:
         raise ValueError("has a chat without a message of the assistant that answers something")
-    return [(chat[:i], chat[i : i + 1]) for i in turns]  # what came before, and the answer
+    if len(turns) < roles[len(prompt) :].count("assistant"):
+        common.notes["with a message of the assistant that answers nothing and is not learned"] += 1
+    return [(chat[:i], chat[i : i + 1]) for i in turns if is_learned(chat[i])]
+
+
+def is_learned(message):
+    """Not if it is marked as context alone: "weight": 0 in OpenAI's format, "train": false."""
+    marks = message.get("weight", 1), message.get("train", True)
+    if any(mark not in (0, 1) for mark in marks):
+        raise ValueError(f"has a message with the weight {marks[0]!r}; only 0 and 1 are read")
+    return all(marks)
 
 
 def encode_row(row, tokenizer, eos_ids, cfg):
     """Each (prompt ids, completion ids with EOS) of a row, or why there is none."""
-    for prompt, completion in row_dialogues(row):
-        prompt_ids, completion_ids = common.encode(tokenizer, prompt, completion, eos_ids)
+    dialogues, tools = row_dialogues(row), row.get("tools")
+    if not dialogues:
+        yield "marked not to be learned"
+    for prompt, completion in dialogues:
+        prompt_ids, completion_ids = common.encode(tokenizer, prompt, completion, eos_ids, tools)
         if len(prompt_ids) + len(completion_ids) == 1:
             yield "empty"  # a lone EOS follows nothing
         else:

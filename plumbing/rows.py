@@ -5,6 +5,7 @@ of messages {"role": ..., "content": ...}. What is dropped is counted and told, 
 """
 
 import collections
+import contextlib
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ from common import UserError
 
 # === Files to rows ================================================================================
 class Row(dict):
-    """A data row; `path` and `line` say where it stands, for messages."""
+    """A data row; `path` and `line` say where it stands, `unread` names keys that nothing reads."""
 
 
 def read_rows(paths, formats):
@@ -35,13 +36,16 @@ def read_rows(paths, formats):
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"{path} is given twice")
-        number_before = len(rows)
+        number_before, blank = len(rows), None
         try:
             with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        blank = blank or number  # at the end of a file it is none
+                        continue
                     row, problem = _parse_row(line, formats)
-                    if problem:
-                        where = f"{path} line {number} {problem}"
+                    if problem or blank:
+                        where = f"{path} line {blank or number} {'is empty' if blank else problem}"
                         raise UserError(f"{where}; write lines like {example}")
                     rows.append(row)
                     row.path, row.line = path, number
@@ -60,7 +64,7 @@ def _parse_row(line, formats):
     except UnicodeDecodeError as error:
         return None, f"is not UTF-8 at byte {error.start}"
     except (ValueError, RecursionError) as error:
-        return None, f"is not JSON ({error})" if line.strip() else "is empty"
+        return None, f"is not JSON ({error})"
     if not isinstance(row, dict):
         return None, f"is a JSON {type(row).__name__}, not an object"
     fits = lambda keys: all(row.get(key) is not None for key in keys)
@@ -71,7 +75,11 @@ def _parse_row(line, formats):
     # exported tables hold null under the keys of other formats
     empty = [key for key in set().union(*formats) if row.get(key, 0) is None]
     problems = filter(None, (_value_problem(key, row[key]) for key in keys))
-    return Row({key: value for key, value in row.items() if key not in empty}), next(problems, None)
+    if "tools" in row and not isinstance(row["tools"] or [], list):
+        return None, f"has a {type(row['tools']).__name__} under 'tools', not a list"
+    row = Row({key: value for key, value in row.items() if key not in empty})
+    row.unread = [key for key in row if key not in (*keys, "tools")]
+    return row, next(problems, None)
 
 
 def _value_problem(key, value):
@@ -98,16 +106,52 @@ def read_and_hold_out(cfg, formats, most):
     rows = read_rows(cfg.data, formats)
     if cfg.eval_data is None:
         return hold_out(cfg, rows, most, "--eval-data")
-    return rows, read_rows(cfg.eval_data, formats)
+    return rows, _say_shared(rows, read_rows(cfg.eval_data, formats))
 
 
 def hold_out(cfg, rows, most, flag):
-    """(training rows, held-out rows): a tenth, at most `most`; `flag` is another way to them."""
+    """(training rows, held-out rows): a tenth, at most `most`; `flag` is another way to them.
+
+    Rows of one prompt stay together: a held-out answer to a prompt that was trained on would say
+    little, and the same row twice nothing.
+    """
     number = min(most, len(rows) // 10)
     if number == 0:
         raise UserError(f"{len(rows)} rows are too few to hold some out; give some with {flag}")
-    order = random.Random(cfg.seed).sample(range(len(rows)), len(rows))
-    return [rows[i] for i in order[number:]], [rows[i] for i in order[:number]]
+    together = collections.defaultdict(list)
+    for i, row in enumerate(rows):
+        together[_prompt_of(row)].append(i)
+    num_duplicates = len(rows) - len(set(map(json.dumps, rows)))
+    if num_duplicates:
+        print(f"  {num_duplicates} of {len(rows)} rows are duplicates of others")
+    order, held_out = random.Random(cfg.seed).sample(range(len(rows)), len(rows)), {}
+    for i in order:
+        group = together[_prompt_of(rows[i])]
+        if len(held_out) < number and len(group) <= number:  # not the one prompt of all rows
+            held_out |= dict.fromkeys(group)
+    if len(held_out) < number:
+        held_out |= dict.fromkeys([i for i in order if i not in held_out][: number - len(held_out)])
+    training = [rows[i] for i in order if i not in held_out]
+    return training, _say_shared(training, [rows[i] for i in held_out])
+
+
+def _prompt_of(row):
+    """What a row asks, as a string: equal for rows that must not be in both parts of the data."""
+    if "chosen" in row:
+        with contextlib.suppress(ValueError):
+            return json.dumps(preference(row)[0])
+    if "prompt" not in row and "messages" in row:
+        return json.dumps(row["messages"][:-1])
+    return json.dumps(row.get("prompt", row.get("text")))
+
+
+def _say_shared(rows, held_out):
+    """The held-out rows; it is said how many of their prompts are trained on too."""
+    prompts = set(map(_prompt_of, rows))
+    number = sum(_prompt_of(row) in prompts for row in held_out)
+    if number:
+        print(f"  {number} of {len(held_out)} held-out rows have a prompt that is trained on too")
+    return held_out
 
 
 # === Rows to token ids ============================================================================
@@ -133,6 +177,8 @@ def convert(rows, encode, what=None):
     if not examples:
         raise UserError(f"{source}: {len(rows)} rows read and none can be used{reasons}")
     noted = "".join(f"; {number} {what}" for what, number in common.notes.items())
+    unread = collections.Counter(key for row in rows for key in row.unread)
+    noted += f"; keys that are not read: {', '.join(map(repr, unread))}" if unread else ""
     print(f"  {source}: {len(rows)} rows read, {len(examples)} examples used{reasons}{noted}")
     return examples
 
@@ -151,13 +197,15 @@ def load_prompts(cfg, tokenizer):
     """(rows of --prompts that fit, held-out ones), each with its token ids as `prompt_ids`."""
 
     def encode(row):
-        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"])
+        row.unread = ()  # a reward function may read them
+        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
         yield (too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty") or row
 
     rows = convert(read_rows(cfg.prompts, [("prompt",)]), encode)
     if cfg.eval_prompts is None:
         return hold_out(cfg, rows, 128, "--eval-prompts")
-    return rows, convert(read_rows(cfg.eval_prompts, [("prompt",)]), encode, "held out")
+    eval_rows = _say_shared(rows, read_rows(cfg.eval_prompts, [("prompt",)]))
+    return rows, convert(eval_rows, encode, "held out")
 
 
 # === Formats to dialogues =========================================================================

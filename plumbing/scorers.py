@@ -149,16 +149,17 @@ class TextScorer(Scorer):
         self.is_ours = hasattr(model.config, "reward_mean")  # reward_model.py made it
         self.needs_scale, self.num_cut = not self.is_ours, 0
 
-    def encode(self, prompt, response):
-        """The model's inputs for one prompt and response: lists under "input_ids" and so on."""
+    def encode(self, row, response):
+        """The model's inputs for one row and response: lists under "input_ids" and so on."""
+        prompt, tools = row["prompt"], row.get("tools")
         if self.is_ours:
             response = response if isinstance(prompt, str) else response.strip()
-            ids = common.encode(self.tokenizer, prompt, response, self.eos_ids)
+            ids = common.encode(self.tokenizer, prompt, response, self.eos_ids, tools)
             return {"input_ids": sum(ids, [])}
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             chat = [*chat, {"role": "assistant", "content": response.strip()}]
-            text = common.render_chat(self.tokenizer, chat)
+            text = common.render_chat(self.tokenizer, chat, tools=tools)
             return dict(self.tokenizer(text, add_special_tokens=False))
         if isinstance(prompt, str) and not common.has_token_head(self.model):
             return dict(self.tokenizer(prompt, response.strip()))
@@ -187,8 +188,7 @@ class TextScorer(Scorer):
     def __call__(self, tokens, attention_mask, rows, responses):
         """Scores by the model's own forward pass, normalised."""
         try:
-            texts = zip([row["prompt"] for row in rows], responses)
-            inputs = [self.encode(prompt, response) for prompt, response in texts]
+            inputs = [self.encode(row, response) for row, response in zip(rows, responses)]
         except ValueError as error:
             raise UserError(f"{self.spec} can't read the prompts: a row {error}") from error
         inputs = [self.fit(each) for each in inputs]
