@@ -94,7 +94,9 @@ def prove(model):
         padded = differ(whole[1:, 3:], read(slice(1, 2), slice(3, 8)))
         ahead = differ(whole[:1, :5], read(slice(1), slice(5)))
         if not is_scalar:
-            generate_responses(model, tokens, mask, 2, 1.0)
+            on_cuda = model.device.type == "cuda"
+            with torch.random.fork_rng(devices=[model.device] if on_cuda else []):
+                generate_responses(model, tokens, mask, 2, 1.0)
     except Exception as error:  # each family has its own
         if is_out_of_memory(error) or isinstance(error, FloatingPointError):
             raise

@@ -11,7 +11,8 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (6)  value       L_value = 1/2 mean_t max((V_t - G_t)^2,
                                           (V_old + clip(V_t - V_old, -eps_v, eps_v) - G_t)^2)
 (7)  total       L       = -L_clip + c1 * L_value - c2 * entropy
-(8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon)
+(8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
+                           within a tenth and ten times what it began with
 
           In (2) and (3) V is the critic from before the update, V_old in (6). The A_t of (5) are
           those of (2) whitened over all tokens of the rollout; as in TRL, rewards are not.
@@ -111,7 +112,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     # lengths and repetition rather than at the score.
     kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites hacking", 0, 1e9, "reward")
     kl_target: float | None = arg(None, "KL to hold by eq. 8, in nats; 3 to 10", 1e-6, 1e9)
-    kl_horizon: int = arg(300, "horizon of eq. 8, in episodes; 10,000 for a million of them", 1)
+    kl_horizon: int | None = arg(None, "horizon of eq. 8, in episodes; else 1/12 of the run's", 1)
     missing_eos_penalty: float = arg(1.0, "off the score if no EOS came; 0 to 2", 0, 1e9)
 
     # gamma 1: a response is finite, and no part of it is worth more for coming sooner. lam trades
@@ -135,8 +136,10 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 
 
 # Learning rates by number of parameters. What suits a tiny model ruins a large one within an
-# iteration, so there is no one default; the start-up report prints the one in use.
-LR_BY_SIZE = ((10e6, 3e-4), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
+# iteration, so there is no one default; the start-up report prints the one in use. The first two
+# were measured here (at 0.3, 1 and 5 M parameters approx_kl starts at 0.01 to 0.05), the last is
+# that of Huang et al. 2024 for 1 to 7 B; what lies between was not.
+LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
 # What --resume may be given anew; --iterations changes the learning rates still to come.
 MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile")
 
@@ -146,7 +149,7 @@ def check_config(cfg):
     cli.check_ranges(cfg)
     if cfg.kl_target is not None and cfg.kl_coef == 0:
         raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
-    if cfg.kl_target is not None and cfg.kl_horizon < cfg.batch_size:
+    if cfg.kl_target is not None and (cfg.kl_horizon or math.inf) < cfg.batch_size:
         raise UserError(f"--kl-horizon is {cfg.kl_horizon}; it must be at least {cfg.batch_size}")
     if cfg.batch_size % cfg.minibatch_size:
         divisors = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
@@ -342,17 +345,21 @@ def kl_shaped_rewards(scores, token_kl, response_mask, kl_coef):
     return rewards.scatter_add(1, last_index, scores[:, None])  # eq. 1, right
 
 
-def adapt_kl_coef(kl_coef, kl, kl_target, batch_size, kl_horizon):
+def adapt_kl_coef(kl_coef, kl, cfg):
     """Eq. 8: raise beta while the KL is above its target, else lower it; without one it stays.
 
-    `kl` is the batch's mean of token_kl summed over each response, in nats.
+    `kl` is the batch's mean of token_kl summed over each response, in nats. Beta stays within a
+    tenth and ten times --kl-coef: beyond, the score would count for nothing, or the KL would. By
+    default the horizon lets it go as far, e^(0.2 * 12) = 11 times, within the run.
 
     Ziegler et al. 2019, whose paper has a constant 0.1 where their code has batch / horizon.
     """
-    if kl_target is None:
+    if cfg.kl_target is None:
         return kl_coef
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * batch_size / kl_horizon)  # eq. 8
+    horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
+    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
+    kl_coef *= 1 + error * cfg.batch_size / horizon  # eq. 8
+    return min(max(kl_coef, cfg.kl_coef / 10), cfg.kl_coef * 10)
 
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
@@ -578,7 +585,7 @@ def main(cfg):
     look = partial(evaluate, run, policy, ref_policy, tokenizer)
     scales = measure_scales(scorers, run.kept, lambda one: look([one], None, all_rows[:256]))
     # -- scales: for reward models from elsewhere; the start: as at the checkpoint, if there is one
-    run.restore(len(rows), tokenizer, trained, optimizer, schedule, read_weights=True)
+    run.restore(tokenizer, trained, optimizer, schedule, read_weights=True)
     baseline = run.kept.get("baseline") or look(scorers, judge, eval_rows)
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)
     run.start()
@@ -650,7 +657,7 @@ def main(cfg):
         # 7. ADAPT       the KL as measured -> beta of the next iteration; its learning rates  eq. 8
         truths = judge(tokens, attention_mask, prompt_rows, responses) if judge else None
         row = metrics.ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
-        kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
+        kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg)
         schedule.step()
         # -- log, evaluate, save
         run.log(row, metrics.PPO_BAR, metrics.health_warnings)

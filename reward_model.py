@@ -214,7 +214,7 @@ def main(cfg):
     report.print_tokens(tokenizer, model, pairs[0][0])
 
     # -- the start
-    run.restore(len(pairs), tokenizer, {"reward_model": model}, optimizer, schedule)
+    run.restore(tokenizer, {"reward_model": model}, optimizer, schedule)
     run.start()  # nothing is written before
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
     batches = common.epochs_by_length(lengths, cfg.batch_size, generator)

@@ -192,7 +192,7 @@ def main(cfg):
     report.print_tokens(tokenizer, model, *examples[0])
 
     # -- the start
-    run.restore(len(examples), tokenizer, {"policy": model}, optimizer, schedule)
+    run.restore(tokenizer, {"policy": model}, optimizer, schedule)
     look = lambda: evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
     loss_before = run.kept["loss_before"] if run.done else look()
     run.start()  # nothing is written before

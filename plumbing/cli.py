@@ -65,7 +65,8 @@ class _Parser(transformers.HfArgumentParser):
         flag.metavar = None if flag.choices else flag.type.__name__.upper()
         if flag.default not in (None, False):
             default = flag.default if isinstance(flag.default, list) else [flag.default]
-            flag.help += f" (default: {' '.join(map(str, default))})"
+            default = " ".join(map(str, default)).replace(f"{DATA.parent}{os.sep}", "")
+            flag.help += f" (default: {default})"
 
     def format_help(self):  # flags are also taken with underscores and as --resume true
         for flag in self._actions:
@@ -203,9 +204,13 @@ def command_line():
         try:
             yield
         except (RuntimeError, MemoryError, FloatingPointError) as error:
+            if not is_out_of_memory(error):
+                at_error.clear()  # who knows what state the models are in
             raise UserError(_explain(error)) from error
     except UserError as error:
-        done = "".join(function() for function in at_error)
+        done = ""
+        with contextlib.suppress(UserError, RuntimeError):
+            done = "".join(function() for function in at_error)
         print(f"{script}: error: {' '.join(f'{error}{done}'.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

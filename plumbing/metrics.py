@@ -32,6 +32,7 @@ def ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
         "kl": token_kl.sum(1).mean().item(),  # 0, then up to about 10; below 0 only by chance
         "kl_k3": (torch.exp(-token_kl) - 1 + token_kl).sum(1).mean().item(),  # the same, never < 0
         "kl_coef": kl_coef,
+        "kl_target": run.cfg.kl_target,
         "entropy": entropy[mask].mean().item(),  # falls slowly; near 0 there is one answer to all
         "response_length": mask.sum(1).float().mean().item(),  # no sudden trend
         "eos_rate": ended.float().mean().item(),  # near 1
@@ -86,6 +87,8 @@ def health_warnings(history):
     row = history[-1]
     unexplained = sum((old["explained_variance"] or 0) < -0.05 for old in history[-10:]) == 10
     norms = row["grad_norm"] + (row["critic_grad_norm"] or 0)
+    target = row.get("kl_target") or math.inf
+    missed = sum(old["kl"] > 1.5 * target for old in history[-10:]) == 10
     rules = (  # name, is it seen, symptom, usual causes
         ("ratio", row["approx_kl_first"] > 1e-3 or abs(row["ratio_first"] - 1) > 1e-2,
          f"the first ratios are not 1 (approx_kl {row['approx_kl_first']:.2g})",
@@ -98,6 +101,10 @@ def health_warnings(history):
          "one answer to every prompt; a constant reward; an untrained reward head"),
         ("far", row["kl"] > 50, f"KL {row['kl']:.0f} nats per response",
          "--kl-coef too small; --lr too high; if the score still rises, reward hacking"),
+        ("overshoot", row["approx_kl"] > 0.2, f"approx_kl {row['approx_kl']:.2g}: updates go too far",
+         "--lr too high, 0.3 of it may do; too many --ppo-epochs; see --max-approx-kl"),
+        ("target", missed, f"KL {row['kl']:.1f} has been far above --kl-target for 10 iterations",
+         "--lr too high; a --kl-coef that is too small to start from; --kl-horizon too long"),
         ("negative", row["kl"] < -0.1 - 0.2 * row["kl_k3"], f"KL {row['kl']:.2f}, negative",
          "text from another distribution than the one scored: a sampling setting, a second EOS"),
         ("critic", unexplained, "explained variance below 0 for 10 iterations",
@@ -106,6 +113,12 @@ def health_warnings(history):
          "--lr too high; rewards of enormous size"),
     )
     return {name: f"{what}. Usual causes: {causes}" for name, seen, what, causes in rules if seen}
+
+
+def piece(tokenizer, id):
+    """A token's text; where it is no whole character, its name in the vocabulary."""
+    text = tokenizer.decode([id])
+    return tokenizer.convert_ids_to_tokens(id) if "\ufffd" in text else text
 
 
 def explain_response(tokenizer, batch, rewards, advantages, row=0):
@@ -118,7 +131,7 @@ def explain_response(tokenizer, batch, rewards, advantages, row=0):
     )
     response = batch.tokens[row, -batch.response_mask.shape[1] :]
     for t in range(int(batch.response_mask[row].sum())):
-        token = tokenizer.decode([response[t].item()])[:13]
+        token = piece(tokenizer, response[t].item())[:13]
         numbers = "".join(f"{column[row, t].item():>9.3f}" for column in columns)
         lines.append(f"{t:>3} {token!r:<14}{numbers}")
     return "\n".join([*lines, "    (advantages are shown before whitening)"])

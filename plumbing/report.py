@@ -6,7 +6,7 @@ import math
 import torch
 
 import common
-from plumbing.metrics import peak_memory, summarize
+from plumbing.metrics import peak_memory, piece, summarize
 
 
 # === The start ====================================================================================
@@ -23,7 +23,7 @@ def print_tokens(tokenizer, model, prompt, response=()):
     ids = common.eos_token_ids(tokenizer, model)
     eos = ", ".join(f"{id} {tokenizer.convert_ids_to_tokens(id)}" for id in ids)
     texts = [
-        "|".join(tokenizer.decode([id]).replace("\n", "\\n") for id in ids)
+        "|".join(piece(tokenizer, id).replace("\n", "\\n") for id in ids)
         for ids in (prompt, response) if len(ids)
     ]
     line = "  =>  ".join(texts)
@@ -136,4 +136,4 @@ def ppo_result(cfg, baseline, samples):
 wrote {cfg.output}, an ordinary Hugging Face folder; to load and try it:
     from transformers import pipeline
     generate = pipeline("text-generation", "{cfg.output}")
-    print(generate({json.dumps(prompt)}, max_new_tokens=64))''')
+    print(generate({json.dumps(prompt, ensure_ascii=False)}, max_new_tokens=64))''')

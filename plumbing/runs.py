@@ -44,6 +44,10 @@ class Run:
         """
         set_seed(cfg.seed)
         self.cfg, self.device = cfg, cli.pick_device(cfg.device)
+        known = torch.cpu.get_capabilities()
+        has_bf16 = any(value for name, value in known.items() if "bf16" in name)
+        if cfg.dtype == "bf16" and self.device.type == "cpu" and not has_bf16:
+            print("  warning: this CPU has no bf16 instructions; --dtype float32 is faster here")
         self.step, self.history, self.signal, self.warned = 0, [], None, set()
         self.num_skipped, self.skipped_in_a_row = 0, 0
         self.seconds, self.entered = collections.Counter(), ("loading", time.perf_counter())
@@ -65,14 +69,14 @@ class Run:
             print(f"  the run in {cfg.output} is finished; {longer if self.done else anew}")
             sys.exit(0)  # a job that is started again is done
 
-    def restore(self, num_examples, tokenizer, models, optimizer, schedule, read_weights=False):
+    def restore(self, tokenizer, models, optimizer, schedule, read_weights=False):
         """Say what belongs to a checkpoint, and put back what was saved of it.
 
         Weights are put back with `read_weights`, else they were loaded from `source` already.
         """
         self.phase("evaluation")
         self.models, self.tokenizer = models, tokenizer
-        self.optimizer, self.schedule, self.num_examples = optimizer, schedule, num_examples
+        self.optimizer, self.schedule = optimizer, schedule
         state, self.inputs = self.state, folders.fingerprints(self.cfg)
         if not self.done:
             return
@@ -80,11 +84,6 @@ class Run:
             if state["inputs"].get(what) != fingerprint:
                 how = "put it back, or start anew with --overwrite"
                 raise UserError(f"{what} has changed since the run began: {how}")
-        if num_examples != state["num_examples"]:
-            raise UserError(
-                f"the data give {num_examples} examples now and gave {state['num_examples']} when "
-                "the run began; put the files back, or start anew with --overwrite"
-            )
         if read_weights:
             folders.read_weights(models, self.source)
         optimizer.load_state_dict(state["optimizer"])
@@ -221,7 +220,7 @@ class Run:
         self.phase("checkpoint")
         state = random_states | {
             "args": dataclasses.asdict(self.cfg), "step": step, "kept": self.latest,
-            "inputs": self.inputs, "num_examples": self.num_examples,
+            "inputs": self.inputs,
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
         }
         folders.write_checkpoint(self.folder, self.cfg, self.models, self.tokenizer, state)

@@ -19,7 +19,7 @@ from data import tiny_model
 
 METRICS = {
     "iteration", "episodes", "score", "score_parts", "score_std", "true_reward", "kl", "kl_k3", "kl_coef", "entropy", "response_length",
-    "eos_rate", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_first", "approx_kl_first",
+    "eos_rate", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_first", "approx_kl_first", "sampler_gap", "kl_target",
     "explained_variance", "optimizer_steps", "skipped_steps", "grad_norm", "critic_grad_norm", "lr", "seconds_rollout", "seconds_score",
     "seconds_update", "tokens_per_second", "peak_memory_gb",
 }

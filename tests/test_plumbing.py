@@ -35,7 +35,7 @@ def test_rows_of_either_format_bom_crlf_and_gzip_are_read_and_other_keys_kept(tm
 
 
 @pytest.mark.parametrize("line, problem", [
-    (b"", "is empty"), (b"   ", "is empty"), (b'{"text": ', "is not JSON"), (b"[1]", "is a JSON list"), (b"7", "is a JSON int"),
+    (b"", "is empty"), (b"   ", "is empty"), (b'{"text": "a", "tools": 7}', "has a int under 'tools', not a list"), (b'{"text": ', "is not JSON"), (b"[1]", "is a JSON list"), (b"7", "is a JSON int"),
     (b'{"prompt": "a"}', "has the keys 'prompt'"), (b"{}", "(none)"), (b'{"text": 7}', "has a int under 'text'"),
     (b'{"text": null}', "has the keys 'text' (null);"), (b'{"text": "\\ud800"}', "half of a surrogate pair"),
     (b'{"text": "\xff"}', "is not UTF-8 at byte 10"), (b"[" * 100_000, "is not JSON"), (b'{"prompt": ["a"], "completion": "b"}', "has a list under 'prompt' whose items are not all"), (b'{"text": []}', "has an empty list under 'text', not a string;"),

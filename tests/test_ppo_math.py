@@ -163,11 +163,26 @@ def test_update_statistics_divide_each_loss_by_its_own_count():
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1 + 0.1 * 0.064), (60, 1 + 0.2 * 0.064), (0, 1 - 0.2 * 0.064)])
 def test_beta_moves_against_the_target_by_at_most_a_fifth_of_batch_over_horizon(kl, factor):
-    assert abs(ppo.adapt_kl_coef(0.15, kl, 6.0, 64, 1000) - 0.15 * factor) < 1e-12
+    cfg = ppo.Config(kl_coef=0.15, kl_target=6.0, batch_size=64, kl_horizon=1000)
+    assert abs(ppo.adapt_kl_coef(0.15, kl, cfg) - 0.15 * factor) < 1e-12
 
 
 def test_beta_stays_without_a_target():
-    assert ppo.adapt_kl_coef(0.15, 100.0, None, 64, 1000) == 0.15
+    assert ppo.adapt_kl_coef(0.15, 100.0, ppo.Config(kl_coef=0.15)) == 0.15
+
+
+@pytest.mark.parametrize("iterations", [1, 12, 30, 2000])
+@pytest.mark.parametrize("kl, bound", [(1e9, 1.5), (0.0, 0.015)])
+def test_by_default_beta_can_go_a_factor_of_ten_within_the_run_and_never_further(iterations, kl, bound):
+    cfg, kl_coef = ppo.Config(kl_coef=0.15, kl_target=6.0, iterations=iterations), 0.15
+    for _ in range(iterations):
+        assert 0.8 <= ppo.adapt_kl_coef(kl_coef, kl, cfg) / kl_coef <= 1.2
+        kl_coef = ppo.adapt_kl_coef(kl_coef, kl, cfg)
+    enough = iterations >= 30 or iterations == 12 and kl == 0
+    assert 0.015 <= kl_coef <= 1.5 and (not enough or abs(kl_coef / bound - 1) < 0.2)
+    for _ in range(3000):
+        kl_coef = ppo.adapt_kl_coef(kl_coef, kl, cfg)
+    assert kl_coef == pytest.approx(bound)
 
 
 def test_minibatches_cover_every_row_once_per_epoch_in_new_orders():
@@ -223,7 +238,7 @@ def test_win_rate_counts_ties_half_and_prefers_the_judge():
 
 
 HEALTHY = dict(
-    approx_kl_first=0.0, ratio_first=1.0, eos_rate=0.95, response_length=20.0, score_std=1.0, kl=3.0, kl_k3=3.0,
+    approx_kl=0.02, approx_kl_first=0.0, ratio_first=1.0, eos_rate=0.95, response_length=20.0, score_std=1.0, kl=3.0, kl_k3=3.0,
     explained_variance=0.3, grad_norm=1.0, critic_grad_norm=1.0,
 )
 

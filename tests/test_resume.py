@@ -475,7 +475,7 @@ def out_of_memory(*arguments, **options):
     ("reward_model", reward_model, "score_pairs", "evaluation", "in iteration 6", "halve --microbatch-size"),
 ])
 def test_out_of_memory_names_the_phase_the_sizes_and_what_helps(stage, owner, name, phase, when, advice, world, tmp_path, run_stage, monkeypatch):
-    if phase in ("rollout", "score", "log-probabilities"):  # these functions serve the evaluation before, too
+    if phase in ("rollout", "score", "log-probabilities", "evaluation") and stage == "ppo":  # these functions serve the evaluation before, too
         original = getattr(owner, name)
         late = lambda *arguments, **options: out_of_memory() if cli.now_in["phase"] == phase else original(*arguments, **options)
         monkeypatch.setattr(owner, name, late)
@@ -560,7 +560,7 @@ def test_weights_that_are_not_finite_are_named_and_logits_that_are_not_name_the_
 
     def poisoned(model, *arguments, **options):
         calls.append(None)
-        if len(calls) == 4:  # the evaluation of the start, then the third rollout
+        if len(calls) == 5:  # the proof and the evaluation of the start, then the third rollout
             model.get_output_embeddings().weight.data.fill_(float("nan"))
         return generate(model, *arguments, **options)
 
@@ -615,4 +615,4 @@ def test_data_that_have_changed_since_the_run_began_are_noticed(world, tmp_path,
     with open(tmp_path / "data.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
     status, _, err = run_stage(sft, *flags, "--resume")
-    assert status == 2 and "the data give 25 examples now and gave 24 when the run began" in err
+    assert status == 2 and "data.jsonl has changed since the run began" in err
