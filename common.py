@@ -80,9 +80,9 @@ def prove(model):
     """
     is_scalar, name = has_token_head(model), type(model).__name__
     trunk = model.base_model if is_scalar else model
-    tokens = torch.arange(3, 19, device=model.device).view(2, 8)
+    tokens = torch.arange(3, 67, device=model.device).view(2, 32)
     tokens, mask = tokens % model.get_input_embeddings().num_embeddings, tokens > 0
-    mask[1, :3] = False  # not the pad token stands there, whose embedding may be 0
+    mask[1, :9] = False  # not the pad token stands there, whose embedding may be 0
 
     def read(*part):
         output = forward(trunk, tokens[part], mask[part])
@@ -90,9 +90,9 @@ def prove(model):
 
     differ = lambda a, b: ((a - b).norm() / b.norm()).item()
     try:
-        whole, again = (read(slice(2), slice(8)) for _ in range(2))
-        padded = differ(whole[1:, 3:], read(slice(1, 2), slice(3, 8)))
-        ahead = differ(whole[:1, :5], read(slice(1), slice(5)))
+        whole, again = (read(slice(2), slice(32)) for _ in range(2))
+        padded = differ(whole[1:, 9:], read(slice(1, 2), slice(9, 32)))
+        ahead = differ(whole[:1, :20], read(slice(1), slice(20)))
         if not is_scalar:
             on_cuda = model.device.type == "cuda"
             with torch.random.fork_rng(devices=[model.device] if on_cuda else []):

@@ -245,7 +245,7 @@ def save_family(name, world, folder, **settings):
 
 @pytest.mark.parametrize("name, settings", [
     ("mixtral", dict(router_jitter_noise=0.5)), ("opt", dict(layerdrop=0.5)), ("gpt2", dict(resid_pdrop=0.5)), ("mixtral", dict(output_router_logits=True)),
-    ("llama_tied", dict(return_dict=False)), ("phimoe", {}),
+    ("llama_tied", dict(return_dict=False)), ("phimoe", {}),  # whose routers are jittered by default
 ])
 def test_what_a_config_makes_random_or_returns_is_put_right(name, settings, world, tmp_path):
     path = save_family(name, world, tmp_path / "lm", **settings)
@@ -253,7 +253,7 @@ def test_what_a_config_makes_random_or_returns_is_put_right(name, settings, worl
     common.place(model, torch.device("cpu"), "float32", gradient_checkpointing=True)
     tokens, mask = common.pad([[5, 6, 7], [8, 9]], 0, "left")
     first, second = (common.forward(model, tokens, mask).logits for _ in range(2))
-    assert model.training and torch.equal(first[mask], second[mask])  # Phi-MoE ties, and draws, where nothing is read
+    assert model.training and torch.allclose(first[mask], second[mask], atol=1e-5)
     common.generate_responses(model, tokens, mask, 3, 1.0)
 
 
