@@ -116,8 +116,8 @@ def health_warnings(history):
 
 
 def piece(tokenizer, id):
-    """A token's text; where it is no whole character, its name in the vocabulary."""
-    text = tokenizer.decode([id])
+    """A token's text within others; where it is no whole character, its name in the vocabulary."""
+    text = tokenizer.decode([id, id])[len(tokenizer.decode([id])) :]  # alone it may lose a space
     return tokenizer.convert_ids_to_tokens(id) if "\ufffd" in text else text
 
 
