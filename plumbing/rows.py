@@ -20,6 +20,8 @@ from common import UserError
 class Row(dict):
     """A data row; `path` and `line` say where it stands, `unread` names keys that nothing reads."""
 
+    unread = ()
+
 
 def read_rows(paths, formats):
     """The rows of some JSON Lines files, .jsonl or .jsonl.gz, each a `Row`.
