@@ -139,9 +139,8 @@ def hold_out(cfg, rows, most, flag):
 
 def _prompt_of(row):
     """What a row asks, as a string: equal for rows that must not be in both parts of the data."""
-    if "chosen" in row:
-        with contextlib.suppress(ValueError):
-            return json.dumps(preference(row)[0])
+    with contextlib.suppress(Exception):  # the row is none, or its pair was not checked
+        return json.dumps(preference(row)[0])
     if "prompt" not in row and "messages" in row:
         return json.dumps(row["messages"][:-1])
     return json.dumps(row.get("prompt", row.get("text")))

@@ -81,10 +81,10 @@ def test_a_new_head_starts_at_deviation_one_over_root_d_plus_one():
     assert abs(model.score.weight.mean().item()) < 5 * sigma / 200
 
 
-def test_accuracy_counts_ties_half_and_two_sigma_is_the_binomial_one():
+def test_accuracy_counts_ties_half_and_two_sigma_is_that_of_two_wins_and_losses_more():
     share, two_sigma = reward_model.accuracy(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.0, 2, 9, 1]))
     assert share == (1 + 0.5 + 0 + 1) / 4
-    assert abs(two_sigma - 2 * math.sqrt(0.625 * 0.375 / 4)) < 1e-9
+    assert abs(two_sigma - 2 * math.sqrt((4.5 / 8) * (3.5 / 8) / 8)) < 1e-9
 
 
 def test_calibration_bins_by_size_and_promises_the_mean_probability():
