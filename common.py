@@ -392,7 +392,7 @@ def load(auto_class, path, made_by=None, **options):
             hint = f"; or leave out --attention {options['attn_implementation']}"
         names = os.listdir(path) if os.path.isdir(path) else []
         if "adapter_config.json" in names and "config.json" not in names:
-            lines = ["it is an adapter; merge it into its model first (peft: merge_and_unload)"]
+            lines, hint = ["it is an adapter; merge it into its model (peft: merge_and_unload)"], ""
         elif any(name.endswith(".bin") for name in names) and "model.safetensors" not in names:
             hint = "; pickled weights (.bin) are never read: save them as safetensors"
         reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]

@@ -101,7 +101,7 @@ def row_dialogues(row):
 
 def is_learned(message):
     """Not if it is marked as context alone: "weight": 0 in OpenAI's format, "train": false."""
-    marks = message.get("weight", 1), message.get("train", True)
+    marks = [1 if message.get(key) is None else message[key] for key in ("weight", "train")]
     if any(mark not in (0, 1) for mark in marks):
         raise ValueError(f"has a message with the weight {marks[0]!r}; only 0 and 1 are read")
     return all(marks)

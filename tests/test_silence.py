@@ -64,6 +64,8 @@ def test_turns_marked_as_context_are_not_learned(mark, chat_model, sft_says):
     chat = [user("a fox?"), assistant("an owl", **mark), user("a cub?"), assistant("a lamb")]
     out = sft_says(chat_model(CHATML), [{"messages": chat}] * 12)
     assert "12 rows read, 12 examples used" in out
+    table = [user("a fox?"), assistant("an owl", weight=None, train=None)]  # exported tables hold null
+    assert "12 examples used" in sft_says(chat_model(CHATML), [{"messages": table}] * 12)
     assert "marked not to be learned" in sft_says(chat_model(CHATML), [{"messages": chat[:2]}, {"messages": chat}] * 6)
     assert "rows.jsonl line 1 has a message with the weight 0.5" in sft_says(chat_model(CHATML), [{"messages": [user("a"), assistant("b", weight=0.5)]}] * 3)
 
@@ -361,3 +363,14 @@ def test_half_characters_are_shown_by_name_and_defaults_by_their_place_in_the_pr
     assert metrics.piece(tokenizer, tokenizer(" fox", add_special_tokens=False)["input_ids"][0]).startswith(" ")
     help_text = subprocess.run([sys.executable, str(ROOT / "ppo.py"), "--help"], capture_output=True, text=True).stdout
     assert "data/prompts.jsonl" in help_text.replace(os.sep, "/") and str(ROOT) not in help_text
+
+
+def test_an_error_names_the_remedy_for_what_was_handed_over(world, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    shutil.copytree(world / "sft", tmp_path / "pickled")
+    os.rename(tmp_path / "pickled" / "model.safetensors", tmp_path / "pickled" / "pytorch_model.bin")
+    tokenizer = common.load_tokenizer(str(world / "sft"))
+    for name, words in (("adapter", "merge it into its model"), ("pickled", "never read: save them as safetensors")):
+        with pytest.raises(common.UserError, match=words):
+            common.load_causal_lm(str(tmp_path / name), tokenizer)
