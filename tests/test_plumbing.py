@@ -49,7 +49,7 @@ def test_a_bad_line_is_named_with_file_line_problem_and_an_example(tmp_path, lin
     assert '{"prompt": "...", "completion": "..."} or {"text": "..."}' in message
 
 
-@pytest.mark.parametrize("content, name", [(b"", "a.jsonl"), (b"not gzip", "a.jsonl.gz"), (gzip.compress(b'{"text": "a"}\n' * 99)[:-20], "b.jsonl.gz"), (gzip.compress(b'{"text": "a"}\n' * 99)[:12] + b"\xff" * 30, "c.jsonl.GZ")])
+@pytest.mark.parametrize("content, name", [(b"", "a.jsonl"), (b"not gzip", "a.jsonl.gz"), (gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], "b.jsonl.gz"), (gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:12] + b"\xff" * 30, "c.jsonl.GZ")])
 def test_an_empty_or_damaged_file_is_named(tmp_path, content, name):
     with pytest.raises(common.UserError, match=name):
         read(tmp_path, content, name=name)
