@@ -21,7 +21,6 @@ from transformers import GenerationConfig, PreTrainedConfig, StaticCache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-
 HEAD = "score.safetensors"  # of a scalar model of a family without ForSequenceClassification
 
 
@@ -364,7 +363,8 @@ def eos_token_ids(tokenizer, model):
     """All ids that end a text, sorted: the tokenizer's EOS, and those stored with the model."""
     stored = getattr(getattr(model, "generation_config", model.config), "eos_token_id", None)
     stored = [id for id in (stored if isinstance(stored, list) else [stored]) if id is not None]
-    if not all(isinstance(id, int) and id >= 0 for id in stored):
+    size = model.get_input_embeddings().num_embeddings
+    if not all(isinstance(id, int) and 0 <= id < size for id in stored):
         raise UserError(f"the model's eos_token_id is {stored}; it must be one or more token ids")
     return sorted({*stored, tokenizer.eos_token_id} - {None})
 
@@ -384,19 +384,20 @@ def load(auto_class, path, made_by=None, **options):
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
         if is_out_of_memory(error):
             raise
+        remedy = ""
         what = "can't be loaded" if os.path.isdir(path) else "is no folder and can't be fetched"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if "trust_remote_code=True" in str(error):
             lines = ["it brings code of its own, which is run only with --trust-remote-code"]
         if options.get("attn_implementation"):  # may be a package that is not installed
-            hint = f"; or leave out --attention {options['attn_implementation']}"
+            remedy = f"; or leave out --attention {options['attn_implementation']}"
         names = os.listdir(path) if os.path.isdir(path) else []
         if "adapter_config.json" in names and "config.json" not in names:
-            lines, hint = ["it is an adapter; merge it into its model (peft: merge_and_unload)"], ""
+            lines = ["it is an adapter; merge it into its model first (peft: merge_and_unload)"]
         elif any(name.endswith(".bin") for name in names) and "model.safetensors" not in names:
-            hint = "; pickled weights (.bin) are never read: save them as safetensors"
+            remedy = "; pickled weights (.bin) are never read: save them as safetensors"
         reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]
-        raise UserError(f"{path} {what}: {reason}{hint}") from error
+        raise UserError(f"{path} {what}: {reason}{remedy}") from error
 
 
 def _load_config(path, made_by, options):
@@ -425,6 +426,9 @@ def _load_weights(auto_class, path, made_by, config, options):
     """
     options = options | {"dtype": torch.float32, "use_safetensors": True, "config": config}
     model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
+    layers = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+    if layers:  # other parts, a head say, are left out on purpose
+        print(f"  {path} has weights that its config has no place for: {len(layers)}, {layers[0]}")
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{path} holds a weight that is not finite, in {name}")

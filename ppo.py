@@ -15,7 +15,7 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
                            within a tenth and ten times what it began with
 
           In (2) and (3) V is the critic from before the update, V_old in (6). The A_t of (5) are
-          those of (2) whitened over all tokens of the rollout; as in TRL, rewards are not.
+          those of (2) or (2b), whitened over all tokens of the rollout; rewards are not.
 
           With --advantage bandit a response is one step, and gamma, lam and eps_v play no part:
 (2b)      A       = sum_t r_t - V(x), for each of its tokens; ratio and clip stay per token
@@ -112,7 +112,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     # lengths and repetition rather than at the score.
     kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites hacking", 0, 1e9, "reward")
     kl_target: float | None = arg(None, "KL to hold by eq. 8, in nats; 3 to 10", 1e-6, 1e9)
-    kl_horizon: int | None = arg(None, "horizon of eq. 8, in episodes; else 1/12 of the run's", 1)
+    kl_horizon: int | None = arg(None, "of eq. 8, in episodes; else a 12th of the run's", 1)
     missing_eos_penalty: float = arg(1.0, "off the score if no EOS came; 0 to 2", 0, 1e9)
 
     # gamma 1: a response is finite, and no part of it is worth more for coming sooner. lam trades
@@ -147,6 +147,10 @@ MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile")
 def check_config(cfg):
     """Every rule about the flags that needs no model."""
     cli.check_ranges(cfg)
+    if len({*cfg.reward}) < len(cfg.reward):
+        raise UserError("--reward names one twice; it would count twice")
+    if cfg.kl_horizon is not None and cfg.kl_target is None:
+        raise UserError("--kl-horizon is of eq. 8, which needs a --kl-target")
     if cfg.kl_target is not None and cfg.kl_coef == 0:
         raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
     if cfg.kl_target is not None and (cfg.kl_horizon or math.inf) < cfg.batch_size:
@@ -262,7 +266,7 @@ def token_logprobs(logits, tokens, temperature, with_entropy):
 def forward_responses(
     policy, critic, tokens, attention_mask, num_columns, temperature, with_entropy=False
 ):
-    """The one function that turns tokens into log-probabilities: of old, new and reference policy.
+    """The log-probabilities of old, new and reference policy: all that are learned from.
 
     Returns:
         logprobs, values, entropy, each (B, R) float32 with R = num_columns. Without a critic the
@@ -349,8 +353,8 @@ def adapt_kl_coef(kl_coef, kl, cfg):
     """Eq. 8: raise beta while the KL is above its target, else lower it; without one it stays.
 
     `kl` is the batch's mean of token_kl summed over each response, in nats. Beta stays within a
-    tenth and ten times --kl-coef: beyond, the score would count for nothing, or the KL would. By
-    default the horizon lets it go as far, e^(0.2 * 12) = 11 times, within the run.
+    tenth and ten times --kl-coef: beyond, either the score or the KL would count for nothing. The
+    default horizon lets it go about as far within a run: 10 times in 30 iterations.
 
     Ziegler et al. 2019, whose paper has a constant 0.1 where their code has batch / horizon.
     """
@@ -363,8 +367,9 @@ def adapt_kl_coef(kl_coef, kl, cfg):
 
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
-# FORK: another advantage estimator is one more function like these two, chosen at ESTIMATORS. One
-# without a critic leaves value_mask False everywhere; let `load_critic` return None for it.
+# FORK: another advantage estimator is one more function like these two, named at ESTIMATORS, beside
+# a value loss, and in --advantage. One without a critic leaves value_mask False everywhere; let
+# `load_critic` return None for it.
 def gae(rewards, values, response_mask, gamma, lam):
     """Advantages, returns and value_mask, each (B, R), by eqs. 2 and 3 (Schulman et al. 2016).
 
@@ -451,8 +456,8 @@ def minibatches(batch_size, minibatch_size, epochs):
 def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
     """Loss and ratio of each token, eqs. 4 and 5, in the shape of the inputs.
 
-    In the first minibatch every ratio is 1 and the loss is -A, whose mean over the rollout is 0 by
-    whitening, yet it has a gradient: d ratio = ratio * d log pi, so that step is REINFORCE.
+    In the first minibatch every ratio is 1, up to rounding, and the loss is -A. That depends on no
+    weight, yet it has a gradient: d ratio = ratio * d log pi, so that step is REINFORCE with A.
     Where the ratio is clipped and A pushes further out, the minimum is constant: gradient 0.
     """
     ratio = torch.exp(new_logprobs - logprobs)  # eq. 4

@@ -101,10 +101,11 @@ def row_dialogues(row):
 
 def is_learned(message):
     """Not if it is marked as context alone: "weight": 0 in OpenAI's format, "train": false."""
-    marks = [1 if message.get(key) is None else message[key] for key in ("weight", "train")]
-    if any(mark not in (0, 1) for mark in marks):
-        raise ValueError(f"has a message with the weight {marks[0]!r}; only 0 and 1 are read")
-    return all(marks)
+    marks = {key: message[key] for key in ("weight", "train") if message.get(key) is not None}
+    for key, mark in marks.items():
+        if mark not in (0, 1):  # as which false and true count
+            raise ValueError(f"has a message with {mark!r} under {key!r}; only 0 and 1 are read")
+    return all(marks.values())
 
 
 def encode_row(row, tokenizer, eos_ids, cfg):

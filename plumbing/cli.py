@@ -113,6 +113,8 @@ def read_args(path, config_class):
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         names = {field.name for field in dataclasses.fields(config_class)}
+        if unknown := saved.keys() - names - {"written"}:
+            raise ValueError(f"flags of another stage or version ({', '.join(sorted(unknown))})")
         names -= {"output", "resume", "overwrite"}
         return {name: value for name, value in saved.items() if name in names}
     except (OSError, ValueError, AttributeError) as error:

@@ -62,7 +62,7 @@ def claim(cfg):
             how = "--resume goes on with it, --overwrite replaces it"
             raise UserError(f"{output} holds a run; {how}")
     for path in folder.glob("checkpoint-*"):  # what a kill has left
-        if path not in checkpoints(folder) and re.fullmatch(CHECKPOINT, path.name):
+        if path.name.endswith(".partial") and re.fullmatch(CHECKPOINT, path.name):
             shutil.rmtree(path, ignore_errors=True)
     return folder
 
@@ -97,6 +97,10 @@ def read_state(folder, cfg, may_change):
     or that the run began with other flags than may change.
     """
     source = (checkpoints(folder) or [folder])[-1]
+    names = [path.name for path in folder.glob("checkpoint-*")]
+    if source == folder and written(folder) == [] and names:
+        what = f"{folder / names[0]} has lost its trainer_state"
+        raise UserError(f"can't resume: {what}; put it back, or start anew with --overwrite")
     path = source / "trainer_state" / "state.pt"
     if source == folder and not written(folder):
         return None, {}
@@ -108,6 +112,10 @@ def read_state(folder, cfg, may_change):
         except Exception as error:  # torch has many
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"can't resume from {path.parent}: {reason}") from None
+        for name, size in state["log_sizes"].items():
+            if not (folder / name).exists() or (folder / name).stat().st_size < size:
+                what = f"{folder / name} is gone or shorter than at the checkpoint"
+                raise UserError(f"{what}; put it back, or start anew with --overwrite")
     for name, value in dataclasses.asdict(cfg).items():
         began = state["args"].get(name, value)
         if name not in may_change and began != value:
@@ -229,10 +237,16 @@ def places(models, folder):
 def read_weights(models, folder):
     """Put what `write_checkpoint` wrote of the models back into them."""
     for model, path in places(models, folder):
-        if hasattr(model, "save_pretrained"):
-            common.read_model(model, path)
-        else:
-            model.load_state_dict(safetensors.torch.load_file(path / VALUE_HEAD))
+        try:
+            if hasattr(model, "save_pretrained"):
+                common.read_model(model, path)
+            else:
+                model.load_state_dict(safetensors.torch.load_file(path / VALUE_HEAD))
+        except Exception as error:  # transformers, safetensors and torch each have their own
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"can't resume: {path} is damaged: {reason}") from error
 
 
 def finish(folder, cfg, keep_state):

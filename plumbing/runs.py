@@ -81,7 +81,7 @@ class Run:
         if not self.done:
             return
         for what, fingerprint in self.inputs.items():
-            if state["inputs"].get(what) != fingerprint:
+            if state.get("inputs", self.inputs).get(what) != fingerprint:
                 how = "put it back, or start anew with --overwrite"
                 raise UserError(f"{what} has changed since the run began: {how}")
         if read_weights:
@@ -114,7 +114,12 @@ class Run:
     def steps(self, batches, num_steps):
         """(step, batch) of all steps to do; the batches of those done are drawn and left out."""
 
+        pid = os.getpid()
+
         def ask_to_stop(number, frame):  # Ctrl-C or SIGTERM; the second one stops at once
+            if os.getpid() != pid:  # a worker of a reward function's: it ends as any process
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             cli.stop_at_once()
             self.signal = number
             os.write(2, b"\nstopping after this iteration; once more stops at once\n")

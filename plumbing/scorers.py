@@ -41,6 +41,8 @@ class FunctionScorer(Scorer):
 
     def __init__(self, spec):
         self.spec, (path, _, name) = spec, spec.rpartition(":")
+        if not path:
+            raise UserError(f"{spec} names no function in it; give file.py:function")
         if not os.path.isfile(path):
             raise UserError(f"{spec} names no function: no file {path!r}; give file.py:function")
         name_here = f"user_{len(sys.modules)}_{pathlib.Path(path).stem}"  # it may be called math.py
@@ -60,8 +62,8 @@ class FunctionScorer(Scorer):
 
     @contextlib.contextmanager
     def at_home(self):
-        """The user's code has random numbers of its own, whatever it draws or seeds, and imports a
-        neighbour of its own where one has the name of ours, common.py say.
+        """The user's code has random numbers of its own, whatever it draws or seeds, and torch's
+        modes; and it imports a neighbour of its own where one has the name of ours, common.py say.
         """
         path = lambda module: pathlib.Path(getattr(module, "__file__", None) or ".").resolve()
         is_ours = lambda m: HOME in path(m).parents and self.folder not in path(m).parents
@@ -72,12 +74,14 @@ class FunctionScorer(Scorer):
         sys.modules.update(self.modules)
         sys.path.insert(0, str(self.folder))
         devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-        state = random.getstate()
+        state, dtype = random.getstate(), torch.get_default_dtype()
+        grad = torch.is_grad_enabled()
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(grad):
                 yield
         finally:
             random.setstate(state)
+            torch.set_default_dtype(dtype)
             sys.path.remove(str(self.folder))
             self.modules |= {name: sys.modules.pop(name) for name in ours if name in sys.modules}
             sys.modules.update(ours)
@@ -89,7 +93,8 @@ class FunctionScorer(Scorer):
             with self.at_home():
                 prompts = [row["prompt"] for row in its_rows]
                 scores = self.function(prompts, list(responses), its_rows)
-            scores = scores if isinstance(scores, (str, dict, set)) else list(scores)
+                if hasattr(scores, "__iter__") and not isinstance(scores, (str, dict, set)):
+                    scores = list(scores)  # a generator runs here
         except (Exception, SystemExit) as error:
             if common.is_out_of_memory(error):
                 raise

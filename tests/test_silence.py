@@ -67,7 +67,7 @@ def test_turns_marked_as_context_are_not_learned(mark, chat_model, sft_says):
     table = [user("a fox?"), assistant("an owl", weight=None, train=None)]  # exported tables hold null
     assert "12 examples used" in sft_says(chat_model(CHATML), [{"messages": table}] * 12)
     assert "marked not to be learned" in sft_says(chat_model(CHATML), [{"messages": chat[:2]}, {"messages": chat}] * 6)
-    assert "rows.jsonl line 1 has a message with the weight 0.5" in sft_says(chat_model(CHATML), [{"messages": [user("a"), assistant("b", weight=0.5)]}] * 3)
+    assert "rows.jsonl line 1 has a message with 0.5 under 'weight'" in sft_says(chat_model(CHATML), [{"messages": [user("a"), assistant("b", weight=0.5)]}] * 3)
 
 
 def test_tools_reach_the_template_or_it_is_said(chat_model, sft_says):
@@ -374,3 +374,90 @@ def test_an_error_names_the_remedy_for_what_was_handed_over(world, tmp_path):
     for name, words in (("adapter", "merge it into its model"), ("pickled", "never read: save them as safetensors")):
         with pytest.raises(common.UserError, match=words):
             common.load_causal_lm(str(tmp_path / name), tokenizer)
+
+
+# === What a first day's user did =================================================================
+def empty(path):
+    path.write_bytes(b"")
+
+
+BROKEN = {
+    "metrics.jsonl": (os.remove, "metrics.jsonl is gone or shorter"), "./metrics.jsonl": (empty, "metrics.jsonl is gone or shorter"),
+    "checkpoint-2/trainer_state": (shutil.rmtree, "has lost its trainer_state"), "checkpoint-2/critic": (shutil.rmtree, "is damaged"),
+    "checkpoint-2/model.safetensors": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_checkpoint_that_was_damaged_is_refused_and_left_as_it_is(name, ppo_run, tmp_path, monkeypatch):
+    save = ppo.Run.save_if_due
+    monkeypatch.setattr(ppo.Run, "save_if_due", lambda run, **kept: (setattr(run, "signal", 15 if run.step == 2 else None), save(run, **kept)))
+    assert ppo_run("--iterations", 4)[0] == 128 + 15
+    monkeypatch.setattr(ppo.Run, "save_if_due", save)
+    break_it, words = BROKEN[name]
+    break_it(tmp_path / "out" / name)
+    before = {path: path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    status, _, err = ppo_run("--iterations", 4, "--resume")
+    assert status == 2 and words in err and err.strip().count("\n") == 0, err
+    assert before == {path: path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_another_stages_folder_is_called_that(ppo_run, tmp_path, run_stage):
+    assert ppo_run()[0] == 0
+    status, _, err = run_stage(sft, "--resume", "--output", tmp_path / "out")
+    assert status == 2 and "flags of another stage or version" in err
+
+
+def test_a_rewards_workers_end_with_their_pool_and_stop_no_run(world, tmp_path):
+    (tmp_path / "pool.py").write_text(
+        "import multiprocessing\ndef f(prompts, responses, rows):\n    with multiprocessing.get_context('fork').Pool(4) as pool:\n        return pool.map(len, responses)\n"
+    )
+    flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'pool.py'}:f", "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl",
+             "--iterations", 2, "--batch-size", 8, "--minibatch-size", 8, "--response-length", 8, "--output", tmp_path / "out", "--device", "cpu"]
+    run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0 and "stopping after" not in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+def test_a_rewards_modes_of_torch_stay_its_own_and_a_generator_runs_among_them(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef f(prompts, responses, rows):\n    torch.set_grad_enabled(False)\n    torch.set_default_dtype(torch.float64)\n"
+        "    for response in responses:\n        torch.manual_seed(1)\n        yield 1.0\ndef one(prompts, responses, rows):\n    return 1.0\n"
+    )
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    ask = lambda name: scorers.FunctionScorer(f"{tmp_path / 'mine.py'}:{name}")(torch.zeros(2, 1), None, [{"prompt": "a"}] * 2, ["b"] * 2)
+    assert ask("f").tolist() == [1, 1] and ask("f").dtype == torch.float32
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(common.UserError, match=r"one\(\) returned a float, not a list of numbers"):
+        ask("one")
+    with pytest.raises(common.UserError, match="names no function in it; give file.py:function"):
+        scorers.FunctionScorer(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--reward", "a.py:f", "a.py:f"], "--reward names one twice"), (["--kl-horizon", 300], "--kl-horizon is of eq. 8, which needs a --kl-target"),
+])
+def test_a_flag_that_would_count_twice_or_not_at_all_is_refused(flags, words, ppo_run):
+    status, _, err = ppo_run(*flags)
+    assert status == 2 and words in err
+
+
+def test_a_mark_is_refused_under_its_own_name_and_alone_may_be_null():
+    assert sft.is_learned(assistant("a", weight=None)) and sft.is_learned(assistant("a", train=True)) and not sft.is_learned(assistant("a", weight=1, train=False))
+    with pytest.raises(ValueError, match="'false' under 'train'"):
+        sft.is_learned(assistant("a", train="false"))
+
+
+def test_layers_that_the_config_drops_and_an_eos_beyond_the_vocabulary_are_said(world, tmp_path, capsys):
+    shutil.copytree(world / "sft", tmp_path / "lm")
+    tokenizer = common.load_tokenizer(str(tmp_path / "lm"))
+    common.load_causal_lm(str(tmp_path / "lm"), tokenizer)
+    assert "no place for" not in capsys.readouterr().out
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "lm")
+    config.num_hidden_layers -= 1
+    config.save_pretrained(tmp_path / "lm")
+    model = common.load_causal_lm(str(tmp_path / "lm"), tokenizer)
+    assert "has weights that its config has no place for" in capsys.readouterr().out
+    model.generation_config.eos_token_id = 99_999
+    with pytest.raises(common.UserError, match="eos_token_id is .99999."):
+        common.eos_token_ids(tokenizer, model)
