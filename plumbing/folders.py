@@ -62,7 +62,8 @@ def claim(cfg):
             how = "--resume goes on with it, --overwrite replaces it"
             raise UserError(f"{output} holds a run; {how}")
     for path in folder.glob("checkpoint-*"):  # what a kill has left
-        if path.name.endswith(".partial") and re.fullmatch(CHECKPOINT, path.name):
+        left = path.name.endswith(".partial") or written(folder) and path not in checkpoints(folder)
+        if left and re.fullmatch(CHECKPOINT, path.name):
             shutil.rmtree(path, ignore_errors=True)
     return folder
 

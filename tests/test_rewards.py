@@ -144,10 +144,10 @@ def test_a_reward_model_that_this_project_made_for_other_tokens_is_read_where_it
 def test_a_reward_function_cannot_change_what_the_run_sees(world, tmp_path, run_stage):
     (tmp_path / "greedy.py").write_text(
         "def greedy(prompts, responses, rows):\n    out = [float(len(r)) for r in responses]\n    responses.clear()\n    prompts.clear()\n"
-        "    for row in rows:\n        row.clear()\n    rows.clear()\n    return out\n"
+        "    for row in rows:\n        row.clear()\n    rows.clear()\n    return out\nagain = greedy\n"
     )
     reward = f"{tmp_path / 'greedy.py'}:greedy"
-    status, _, err = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", reward, reward, "--iterations", 2))
+    status, _, err = run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", reward, f"{tmp_path / 'greedy.py'}:again", "--iterations", 2))
     assert status == 0, err
     for row in read_rows(tmp_path / "out" / "samples.jsonl"):
         assert row["score"] == 2 * len(row["response"]) and row["prompt"]
