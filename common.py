@@ -330,6 +330,9 @@ def _chat_response(tokenizer, prompt, response, opening, tools):
     if not _has_words(text, response):
         notes["with words of the assistant (or its reasoning_content) that the template drops"] += 1
     words_start = text.find(words, last_turn)  # not there if the template changes them
+    has_thoughts = set(response[-1]) > {"role", "content"}
+    if before == opening and text[: max(words_start, 0)].strip() and not has_thoughts:
+        notes["whose response begins with words of the template, as with a role"] += 1
     return text, text[: words_start + len(words) if words_start >= 0 else last_turn]
 
 

@@ -175,10 +175,11 @@ class _Deaf:
         return getattr(self.stream, name)
 
     def _try(self, method, *arguments):
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):  # by its reader; by a user's code
             return None if self.closed_early else method(*arguments)
         self.closed_early = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for Python's last flush
+        with contextlib.suppress(ValueError):  # for Python's last flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def write(self, text):
         return self._try(self.stream.write, text) or len(text)

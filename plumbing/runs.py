@@ -28,6 +28,16 @@ MAY_CHANGE = (
 )
 
 
+def _in_a_worker():
+    """A process that a reward function forks has no run to stop: a pool ends its own by SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run finishes its iteration, and needs them
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
+    os.register_at_fork(after_in_child=_in_a_worker)
+
+
 class Run:
     """One run, its parts in the order of use: Run(), restore(), start(), then for each of steps():
     phase(), may_step(), log(), save_if_due(); and finish().
@@ -114,12 +124,7 @@ class Run:
     def steps(self, batches, num_steps):
         """(step, batch) of all steps to do; the batches of those done are drawn and left out."""
 
-        pid = os.getpid()
-
         def ask_to_stop(number, frame):  # Ctrl-C or SIGTERM; the second one stops at once
-            if os.getpid() != pid:  # a worker of a reward function's: it ends as any process
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
             cli.stop_at_once()
             self.signal = number
             os.write(2, b"\nstopping after this iteration; once more stops at once\n")

@@ -91,6 +91,13 @@ def test_words_that_the_template_drops_are_counted(template, reply, is_lost, cha
     assert ("12 with words of the assistant (or its reasoning_content) that the template drops" in out) == is_lost and "12 examples used" in out
 
 
+def test_a_role_that_the_template_leaves_for_the_response_is_told(chat_model, sft_says):
+    rows = [{"messages": [user("a fox?"), assistant("an owl")]}] * 12
+    closed = CHATML[: CHATML.index("{% if add_generation")]  # ignores add_generation_prompt
+    assert "12 whose response begins with words of the template" in sft_says(chat_model(closed), rows)
+    assert "begins with words" not in sft_says(chat_model(CHATML), rows)
+
+
 def test_every_key_that_is_not_read_is_named(world, sft_says):
     out = sft_says(world / "sft", [{"text": "a fox", "prompt": "a lamb", "id": i} for i in range(12)])
     assert "keys that are not read: 'prompt', 'id'" in out
@@ -416,6 +423,14 @@ def test_a_rewards_workers_end_with_their_pool_and_stop_no_run(world, tmp_path):
              "--iterations", 2, "--batch-size", 8, "--minibatch-size", 8, "--response-length", 8, "--output", tmp_path / "out", "--device", "cpu"]
     run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "stopping after" not in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+def test_a_reward_that_closes_the_output_is_no_error(world, tmp_path):
+    (tmp_path / "shut.py").write_text("import sys\ndef f(prompts, responses, rows):\n    sys.stdout.close()\n    return [1.0 * len(r) for r in responses]\n")
+    flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'shut.py'}:f", "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl",
+             "--iterations", 1, "--batch-size", 8, "--minibatch-size", 8, "--response-length", 8, "--output", tmp_path / "out", "--device", "cpu"]
+    run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "Traceback" not in run.stderr and (tmp_path / "out" / "model.safetensors").exists(), run.stderr
 
 
 def test_a_rewards_modes_of_torch_stay_its_own_and_a_generator_runs_among_them(tmp_path):
