@@ -7,6 +7,7 @@ Shapes    B rows, T columns of tokens; in sampling P of them are prompt and R re
 import collections
 import contextlib
 import inspect
+import json
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 HEAD = "score.safetensors"  # of a scalar model of a family without ForSequenceClassification
+ADAPTER = "adapter_config.json"  # in a folder with what peft has trained, and no base model
 
 
 class UserError(Exception):
@@ -40,8 +42,8 @@ def place(model, device, dtype, gradient_checkpointing=False, compiled=False):
 
     Trained weights stay float32. An Adam step moves a weight by about the learning rate; at 3e-6
     that is far below half the spacing of bf16 numbers near 0.02, so in bf16 weights most updates
-    would be rounded away. A frozen model's matrices are rounded to bf16, which autocast does at
-    each use anyway: half the memory, the same outputs to the last bit. What autocast does not round
+    would be rounded away. Frozen matrices are rounded to bf16, which autocast does at each use
+    anyway: half the memory, the same outputs to the last bit. What autocast does not round
     stays float32: embeddings, an lm_head tied to them, norms, and the score head (`token_scores`).
     """
     model.to(device)
@@ -61,11 +63,12 @@ def place(model, device, dtype, gradient_checkpointing=False, compiled=False):
     if compiled:  # of a scalar model only the trunk is called
         (model.base_model if has_token_head(model) else model).compile(dynamic=True)
     model.samples_compiled = compiled and device.type == "cuda"
-    if in_bf16 and not is_trained:
+    if in_bf16:
         score = getattr(getattr(model, "score", None), "weight", None)
         kept = {model.get_input_embeddings().weight, score}
         for module in model.modules():
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept:
+            is_matrix = isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept
+            if is_matrix and not module.weight.requires_grad:
                 module.to(torch.bfloat16)
 
 
@@ -376,6 +379,12 @@ def eos_token_ids(tokenizer, model):
 def load(auto_class, path, made_by=None, **options):
     """`auto_class.from_pretrained`: no pickles, no code unasked; `made_by` is what makes `path`."""
     hint = f"; make it with: {made_by}" if made_by else ""
+    base = adapter_base(path)
+    if base and not (auto_class is AutoTokenizer and find_file(path, "tokenizer_config.json")):
+        try:  # whose config it has, and whose tokenizer if it brings none
+            return load(auto_class, base, **options)
+        except UserError as error:
+            raise UserError(f"{path} is an adapter of {base}: {error}") from error
     if not os.path.isdir(path):
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
         if not is_hub_id or hint and path.split("/")[0] == "ckpt":
@@ -395,12 +404,58 @@ def load(auto_class, path, made_by=None, **options):
         if options.get("attn_implementation"):  # may be a package that is not installed
             remedy = f"; or leave out --attention {options['attn_implementation']}"
         names = os.listdir(path) if os.path.isdir(path) else []
-        if "adapter_config.json" in names and "config.json" not in names:
-            lines = ["it is an adapter; merge it into its model first (peft: merge_and_unload)"]
-        elif any(name.endswith(".bin") for name in names) and "model.safetensors" not in names:
+        if any(name.endswith(".bin") for name in names) and "model.safetensors" not in names:
             remedy = "; pickled weights (.bin) are never read: save them as safetensors"
         reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]
         raise UserError(f"{path} {what}: {reason}{remedy}") from error
+
+
+def adapter_base(path):
+    """The folder or hub id of what `path` adapts, if it is a folder of peft's; else None."""
+    if not os.path.isfile(os.path.join(path, ADAPTER)):
+        return None
+    if os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"{path} holds a model and an adapter; give each a folder of its own")
+    try:
+        with open(os.path.join(path, ADAPTER), encoding="utf-8") as file:
+            base = json.load(file)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base or os.path.realpath(base) == os.path.realpath(path):
+        raise UserError(f"{path} is an adapter, but its {ADAPTER} names no base model")
+    return base
+
+
+def _merge_adapter(model, path):
+    """(the model with an adapter's weights in its own, as float32; the names of those replaced).
+
+    Raises:
+        UserError: no peft, no safetensors, or other weights than the model has a place for.
+    """
+    try:
+        import peft  # optional
+    except ImportError:
+        what = "is an adapter, which needs the package peft; pip install peft"
+        raise UserError(f"{path} {what}") from None
+    file = os.path.join(path, "adapter_model.safetensors")
+    if not os.path.isfile(file):
+        raise UserError(f"{path} has no adapter_model.safetensors; pickled weights are never read")
+    try:
+        config = peft.PeftConfig.from_pretrained(path)
+        config.task_type = None  # its class would ask a causal LM's methods of a scalar model
+        adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
+        known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        held = safetensors.torch.load_file(file).keys()
+        model = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    except Exception as error:  # peft, safetensors and torch each have their own
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the adapter {path} can't be merged: {reason}") from error
+    if known ^ held:
+        what = f"{len(held - known)} weights too many, {len(known - held)} too few"
+        raise UserError(f"the adapter {path} does not fit: {what} ({min(known ^ held)})")
+    return model, {key.removeprefix("base_model.model.") for key in held}
 
 
 def _load_config(path, made_by, options):
@@ -427,6 +482,10 @@ def _load_weights(auto_class, path, made_by, config, options):
 
     The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
     """
+    if base := adapter_base(path):
+        model, missing = _load_weights(auto_class, base, None, config, options)
+        model, replaced = _merge_adapter(model, path)
+        return model, sorted({*missing} - replaced)
     options = options | {"dtype": torch.float32, "use_safetensors": True, "config": config}
     model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
     layers = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
@@ -493,7 +552,11 @@ def find_file(path, name):
 
 def _load_trunk(path, made_by, config, options):
     """The same for a family without such a class: its base model, with a linear head `score`."""
-    model, missing = _load_weights(AutoModel, path, made_by, config, options)
+    if adapter_base(path):  # of a causal LM, whose names it uses
+        model, missing = _load_weights(AutoModelForCausalLM, path, made_by, config, options)
+        model = model.base_model
+    else:
+        model, missing = _load_weights(AutoModel, path, made_by, config, options)
     model.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
     file = find_file(path, HEAD)
     if file:
@@ -501,14 +564,15 @@ def _load_trunk(path, made_by, config, options):
     return model, missing + ["score.weight"] * (not file)
 
 
-def save_model(model, folder):
-    """A model as a Hugging Face folder; a head that its class does not know as a file beside it."""
+def save_model(model, folder, state=None):
+    """A model as a Hugging Face folder, with weights other than its own if `state` is given; a head
+    that its class does not know as a file beside it.
+    """
+    state = model.state_dict() if state is None else state
     if is_trunk(model):
-        state = {k: v for k, v in model.state_dict().items() if not k.startswith("score.")}
-        model.save_pretrained(folder, state_dict=state)
+        state = {k: v for k, v in state.items() if not k.startswith("score.")}
         safetensors.torch.save_file(model.score.state_dict(), os.path.join(folder, HEAD))
-    else:
-        model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
 
 
 def read_model(model, folder):
@@ -535,7 +599,7 @@ def load_scalar_model(path, tokenizer, made_by=None, **options):
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     with contextlib.suppress(OSError):  # what ends a causal LM's texts may stand only there
-        stored = GenerationConfig.from_pretrained(path).eos_token_id
+        stored = GenerationConfig.from_pretrained(adapter_base(path) or path).eos_token_id
         model.config.eos_token_id = model.config.eos_token_id if stored is None else stored
     return model, bool(missing)
 

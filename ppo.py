@@ -60,7 +60,6 @@ Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, trainer_state/
 
 import plumbing  # first: Ctrl-C while torch loads is no traceback
 
-import copy
 import dataclasses
 import math
 import random
@@ -75,7 +74,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import UserError
-from plumbing import cli, metrics, report
+from plumbing import adapters, cli, metrics, report
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.rows import load_prompts
 from plumbing.runs import Run
@@ -525,10 +524,11 @@ def load_models(cfg, tokenizer, rows, device):
     options = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": attention}
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
-    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    ref_policy = adapters.twin(policy, cfg.lora_rank).requires_grad_(False)
     load = lambda spec: load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options)
     scorers = [load(spec) for spec in cfg.reward]
     critic = load_critic(cfg, scorers, policy, tokenizer, **options)
+    adapters.add(policy, cfg.lora_rank, cfg.policy)  # the others have the policy without them
     longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
     for model in (policy, *(scorer.model for scorer in scorers if scorer.reads_tokens)):
         common.check_context(model, longest)
@@ -554,19 +554,21 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
         return critic
     for scorer in scorers:
         if scorer.reads_tokens:
-            return copy.deepcopy(scorer.model).requires_grad_(True)
+            critic = adapters.twin(scorer.model, cfg.lora_rank).requires_grad_(True)
+            return adapters.add(critic, cfg.lora_rank, scorer.spec)
     critic, _ = common.load_scalar_model(cfg.policy, tokenizer, **options)
     torch.nn.init.zeros_(critic.score.weight)
-    return critic
+    adapters.share(critic, policy, cfg.lora_rank)
+    return adapters.add(critic, cfg.lora_rank, cfg.policy)
 
 
 def make_optimizer(cfg, policy, critic):
     """(Adam over policy and critic, each with its own rate; a schedule that takes both to 0)."""
     sized = policy if isinstance(critic, ValueHead) else critic  # a head: by its trunk
-    groups = [{"params": policy.parameters(), "lr": cli.by_size(cfg.lr, LR_BY_SIZE, policy)}]
+    groups = [{"params": cli.trainable(policy), "lr": cli.by_size(cfg.lr, LR_BY_SIZE, policy)}]
     if critic is not None:
         critic_lr = cli.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
-        groups += [{"params": critic.parameters(), "lr": critic_lr}]
+        groups += [{"params": cli.trainable(critic), "lr": critic_lr}]
     # eps: OpenAI's choice, see Huang et al. 2024. fused: one pass over the weights, not a dozen.
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from plumbing import cli, report
+from plumbing import adapters, cli, report
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.folders import checkpoints
 from plumbing.rows import convert, preference, read_and_hold_out, too_long
@@ -194,12 +194,14 @@ def main(cfg):
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
     source, made_by = run.source or cfg.model, "python sft.py"  # a checkpoint has its own copy
+    source = source if cfg.lora_rank is None else cfg.model  # adapters are put onto their base
     options = {"trust_remote_code": cfg.trust_remote_code}
     tokenizer = common.load_tokenizer(source, made_by, **options)
     model, head_is_new = common.load_scalar_model(source, tokenizer, made_by, **options)
     if head_is_new:  # --model was a causal LM
         init_head(model)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3, below
+    adapters.add(model, cfg.lora_rank, cfg.model)
     pad_id, eos_ids = tokenizer.pad_token_id, common.eos_token_ids(tokenizer, model)
     encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
     pairs = convert(rows, encode)
@@ -248,6 +250,7 @@ def main(cfg):
 
     # -- held-out result, scale (eq. 3)
     run.phase("evaluation")
+    adapters.merge(model)
     raw = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
     reference = torch.cat(score_pairs(model, pairs, cfg.microbatch_size, pad_id, "score scale"))
     mean, deviation = reference.mean().item(), reference.std().item()  # of all training responses

@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import common
+from common import UserError
 from data import tiny_model
-from plumbing import cli, report
+from plumbing import adapters, cli, report
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.rows import convert, read_and_hold_out, too_long
 from plumbing.runs import Run, adamw_with_cosine
@@ -174,11 +175,15 @@ def load_model(cfg, source, rows):
 
 def main(cfg):
     cli.check_ranges(cfg)
+    if cfg.lora_rank is not None and cfg.model is None:
+        raise UserError("--lora-rank adapts a --model; there is none, and one from scratch learns all")
     run = Run(cfg)  # seeds, takes --output, finds what --resume goes on from
 
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
-    model, tokenizer = load_model(cfg, run.source or cfg.model, rows)  # float32, no dropout
+    source = run.source if cfg.lora_rank is None else None  # a checkpoint's; adapters: their base
+    model, tokenizer = load_model(cfg, source or cfg.model, rows)  # float32, no dropout
+    adapters.add(model, cfg.lora_rank, cfg.model)
     pad_id, eos_ids = tokenizer.pad_token_id, model.generation_config.eos_token_id
     encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
     examples = convert(rows, encode)
@@ -228,6 +233,7 @@ def main(cfg):
 
     # -- held-out result, samples
     run.phase("evaluation")
+    adapters.merge(model)
     loss = look()
     run.log({"split": "eval", "iteration": num_steps, "loss_before": loss_before, "loss": loss})
     run.finish()  # --output is now a model's folder

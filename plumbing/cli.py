@@ -46,6 +46,7 @@ class RunConfig:
     seed: int = arg(0, "of all that is drawn: weights, data order, samples", 0, 2**32 - 1)
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
+    lora_rank: int | None = arg(None, "train adapters of this rank, not all weights; 8 to 64", 1)
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
     trust_remote_code: bool = arg(False, "run code that comes with a model")
@@ -132,9 +133,19 @@ def check_ranges(cfg):
 
 
 def by_size(value, table, model):
-    """`value` if given, else that of `table`, ((parameters below, value), ...), for this model."""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return value if value is not None else next(given for limit, given in table if size < limit)
+    """`value` if given, else the learning rate of `table`, ((parameters below, rate), ...), for this
+    model. Adapters take ten times the rate of the weights that they stand for.
+    """
+    if value is not None:
+        return value
+    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+    size = frozen or sum(weight.numel() for weight in model.parameters())
+    return next(rate for limit, rate in table if size < limit) * (10 if frozen else 1)
+
+
+def trainable(model):
+    """The weights of a model that are trained: all, or with --lora-rank few."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def pick_device(name):

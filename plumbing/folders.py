@@ -22,7 +22,7 @@ import torch
 
 import common
 from common import UserError, is_out_of_memory
-from plumbing import cli
+from plumbing import adapters, cli
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 VALUE_HEAD = "value_head.safetensors"  # of a critic that is no model of transformers
@@ -135,7 +135,8 @@ def fingerprints(cfg):
     """{flag, value: hash} of what the flags name, by content: models with their tokenizer, data
     rows as parsed, the source of functions. A resumed run needs the same under the same names.
     """
-    given = {name: getattr(cfg, name, None) or [] for name in READS}
+    reads = READS if cfg.lora_rank is None else ("model", *READS)  # a checkpoint has its own copy
+    given = {name: getattr(cfg, name, None) or [] for name in reads}
     every = [(name, x) for name, v in given.items() for x in ([v] if isinstance(v, str) else v)]
     return {f"{cli.flag_of(name)} {value}": _fingerprint(value) for name, value in every}
 
@@ -150,11 +151,15 @@ def _fingerprint(path):
                 row = json.loads(line.decode("utf-8-sig"))
                 digest.update(json.dumps(row, sort_keys=True).encode())
     else:
-        folder = pathlib.Path(common.find_file(path, "config.json") or path).parent
+        folder, base = pathlib.Path(path), common.adapter_base(path)
+        if base:
+            digest.update(_fingerprint(base).encode())
+        else:
+            folder = pathlib.Path(common.find_file(path, "config.json") or path).parent
         for file in sorted(folder.glob("*")):
             if file.suffix == ".safetensors":
                 _add_blocks(digest, file)
-            elif file.name == "config.json":
+            elif file.name in ("config.json", common.ADAPTER):
                 config = json.loads(file.read_text(encoding="utf-8"))
                 known = {k: v for k, v in config.items() if k != "transformers_version"}
                 digest.update(json.dumps(known, sort_keys=True).encode())
@@ -201,7 +206,9 @@ def write_checkpoint(folder, cfg, models, tokenizer, state):
     try:
         for model, path in places(models, partial):
             path.mkdir(parents=True, exist_ok=True)
-            if hasattr(model, "save_pretrained"):
+            if adapters.is_adapted(model):
+                adapters.save(model, path)
+            elif hasattr(model, "save_pretrained"):
                 common.save_model(model, path)
             else:
                 safetensors.torch.save_file(model.state_dict(), path / VALUE_HEAD)
@@ -239,7 +246,9 @@ def read_weights(models, folder):
     """Put what `write_checkpoint` wrote of the models back into them."""
     for model, path in places(models, folder):
         try:
-            if hasattr(model, "save_pretrained"):
+            if adapters.is_adapted(model):
+                adapters.read(model, path)
+            elif hasattr(model, "save_pretrained"):
                 common.read_model(model, path)
             else:
                 model.load_state_dict(safetensors.torch.load_file(path / VALUE_HEAD))

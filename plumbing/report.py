@@ -6,15 +6,20 @@ import math
 import torch
 
 import common
+from plumbing import cli
 from plumbing.metrics import peak_memory, piece, summarize
 
 
 # === The start ====================================================================================
 def describe(role, model, is_trained):
-    """One line about a model: its role, class, size, data type, and whether it is trained."""
+    """One line about a model: its role, class, size, data type, and whether it is trained, or how
+    much of it.
+    """
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    num_trained = sum(weight.numel() for weight in cli.trainable(model)) / 1e6
     name, state = type(model).__name__, "trained" if is_trained else "frozen"
+    state = f"{num_trained:.3f} M trained" if is_trained and num_trained < size else state
     return f"  {role:<14}{name:<34}{size:>10.3f} M  {'+'.join(sorted(dtypes)):<18}{state}"
 
 
@@ -58,12 +63,13 @@ def ppo_start(cfg, policy, ref_policy, critic, scorers, lrs, tokenizer, rows, ev
     from_policy = cfg.critic == "separate" and not any(scorer.reads_tokens for scorer in scorers)
     if critic is not None and from_policy:
         print(f"  {'':<14}the critic starts from the policy, with a head of zeros")
-    size = lambda models: sum(p.nbytes for m in models if m is not None for p in m.parameters())
-    trained, frozen = size([policy, critic]), size([ref_policy, *(s.model for s in scorers)])
+    models = [policy, critic, ref_policy, *(scorer.model for scorer in scorers)]
+    weights = {p for model in models if model is not None for p in model.parameters()}  # each once
+    memory = sum(p.nbytes * (4 if p.requires_grad else 1) for p in weights)
     num_minibatches = cfg.batch_size // cfg.minibatch_size
     num_micro = math.ceil(cfg.minibatch_size / cfg.microbatch_size)
     print(
-        f"  weights, gradients and Adam's moments take {(4 * trained + frozen) / 1e9:.3g} GB\n"
+        f"  weights, gradients and Adam's moments take {memory / 1e9:.3g} GB\n"
         f"  {cfg.iterations} iterations x {cfg.batch_size} prompts = "
         f"{cfg.iterations * cfg.batch_size} episodes, from {len(rows)} prompts; "
         f"{len(eval_rows)} held out; judge: {cfg.judge or 'none'}\n"

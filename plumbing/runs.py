@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from common import UserError
-from plumbing import cli, folders
+from plumbing import adapters, cli, folders
 
 # The flags that --resume may be given anew. They change nothing but rounding: another device, and
 # in bf16 another micro-batch; another device also has other random numbers.
@@ -67,6 +67,8 @@ class Run:
             except ImportError:
                 what = "needs the package tensorboard; pip install tensorboard"
                 raise UserError(f"--tensorboard {what}") from None
+        if cfg.lora_rank is not None:
+            adapters.import_peft()
         self.folder, self.source, self.state = folders.claim(cfg), None, {}
         self.keep_state, may_change = num_steps is not None, {*MAY_CHANGE, *may_change}
         if cfg.resume:
@@ -83,6 +85,7 @@ class Run:
         """Say what belongs to a checkpoint, and put back what was saved of it.
 
         Weights are put back with `read_weights`, else they were loaded from `source` already.
+        Adapters always are, and all else was loaded from where it was at the start.
         """
         self.phase("evaluation")
         self.models, self.tokenizer = models, tokenizer
@@ -94,7 +97,7 @@ class Run:
             if state.get("inputs", self.inputs).get(what) != fingerprint:
                 how = "put it back, or start anew with --overwrite"
                 raise UserError(f"{what} has changed since the run began: {how}")
-        if read_weights:
+        if read_weights or self.cfg.lora_rank is not None:
             folders.read_weights(models, self.source)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -253,6 +256,6 @@ class Run:
 def adamw_with_cosine(cfg, model, lr_by_size, num_steps):
     """(AdamW, a schedule from 0 up to --lr and by a cosine down to 0), of the first two stages."""
     lr = cli.by_size(cfg.lr, lr_by_size, model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(cli.trainable(model), lr=lr, weight_decay=cfg.weight_decay)
     num_warmup = round(cfg.warmup * num_steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup, num_steps)

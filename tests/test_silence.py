@@ -378,7 +378,7 @@ def test_an_error_names_the_remedy_for_what_was_handed_over(world, tmp_path):
     shutil.copytree(world / "sft", tmp_path / "pickled")
     os.rename(tmp_path / "pickled" / "model.safetensors", tmp_path / "pickled" / "pytorch_model.bin")
     tokenizer = common.load_tokenizer(str(world / "sft"))
-    for name, words in (("adapter", "merge it into its model"), ("pickled", "never read: save them as safetensors")):
+    for name, words in (("adapter", "names no base model"), ("pickled", "never read: save them as safetensors")):
         with pytest.raises(common.UserError, match=words):
             common.load_causal_lm(str(tmp_path / name), tokenizer)
 
