@@ -381,7 +381,7 @@ def load(auto_class, path, made_by=None, **options):
     hint = f"; make it with: {made_by}" if made_by else ""
     base = adapter_base(path)
     if base and not (auto_class is AutoTokenizer and find_file(path, "tokenizer_config.json")):
-        try:  # whose config it has, and whose tokenizer if it brings none
+        try:
             return load(auto_class, base, **options)
         except UserError as error:
             raise UserError(f"{path} is an adapter of {base}: {error}") from error
@@ -412,18 +412,18 @@ def load(auto_class, path, made_by=None, **options):
 
 def adapter_base(path):
     """The folder or hub id of what `path` adapts, if it is a folder of peft's; else None."""
-    if not os.path.isfile(os.path.join(path, ADAPTER)):
+    file = os.path.join(path, ADAPTER)
+    if not os.path.isfile(file):
         return None
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if os.path.isfile(os.path.join(path, "config.json")):  # transformers would load both in one
         raise UserError(f"{path} holds a model and an adapter; give each a folder of its own")
     try:
-        with open(os.path.join(path, ADAPTER), encoding="utf-8") as file:
-            base = json.load(file)["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str) or not base or os.path.realpath(base) == os.path.realpath(path):
-        raise UserError(f"{path} is an adapter, but its {ADAPTER} names no base model")
-    return base
+        with open(file, encoding="utf-8") as opened:
+            base = json.load(opened)["base_model_name_or_path"]
+        assert base and os.path.realpath(base) != os.path.realpath(path)
+        return base
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{path} is an adapter, but its {ADAPTER} names no base model") from None
 
 
 def _merge_adapter(model, path):
@@ -435,8 +435,7 @@ def _merge_adapter(model, path):
     try:
         import peft  # optional
     except ImportError:
-        what = "is an adapter, which needs the package peft; pip install peft"
-        raise UserError(f"{path} {what}") from None
+        raise UserError(f"{path} is an adapter: it needs peft; pip install peft") from None
     file = os.path.join(path, "adapter_model.safetensors")
     if not os.path.isfile(file):
         raise UserError(f"{path} has no adapter_model.safetensors; pickled weights are never read")
@@ -568,11 +567,12 @@ def save_model(model, folder, state=None):
     """A model as a Hugging Face folder, with weights other than its own if `state` is given; a head
     that its class does not know as a file beside it.
     """
-    state = model.state_dict() if state is None else state
     if is_trunk(model):
+        state = model.state_dict() if state is None else state
         state = {k: v for k, v in state.items() if not k.startswith("score.")}
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    if is_trunk(model):
         safetensors.torch.save_file(model.score.state_dict(), os.path.join(folder, HEAD))
-    model.save_pretrained(folder, state_dict=state)
 
 
 def read_model(model, folder):

@@ -176,7 +176,7 @@ def load_model(cfg, source, rows):
 def main(cfg):
     cli.check_ranges(cfg)
     if cfg.lora_rank is not None and cfg.model is None:
-        raise UserError("--lora-rank adapts a --model; there is none, and one from scratch learns all")
+        raise UserError("--lora-rank adapts a --model; one from scratch has nothing to adapt")
     run = Run(cfg)  # seeds, takes --output, finds what --resume goes on from
 
     # -- setup: data, tokenizer, model, optimizer

@@ -7,6 +7,7 @@ B starts at 0, so that a model with adapters starts as the one without, to the l
 """
 
 import copy
+import re
 
 import safetensors.torch
 import torch
@@ -53,6 +54,11 @@ def add(model, rank, base):
     if rank is None:
         return model
     is_scalar, name = common.has_token_head(model), type(model).__name__
+    if any(re.search("expert|moe", weight) for weight, _ in model.named_parameters()):
+        raise UserError(f"--lora-rank: a {name} is a mixture of experts; it can't adapt those")
+    if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
+        what = "has state-space layers, which read their weights past an adapter"
+        raise UserError(f"--lora-rank: a {name} {what}")
     config = import_peft().LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear",
         task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM", base_model_name_or_path=base,

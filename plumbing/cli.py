@@ -133,7 +133,7 @@ def check_ranges(cfg):
 
 
 def by_size(value, table, model):
-    """`value` if given, else the learning rate of `table`, ((parameters below, rate), ...), for this
+    """`value` if given, else the learning rate of `table`, ((parameters below, rate), ...), for the
     model. Adapters take ten times the rate of the weights that they stand for.
     """
     if value is not None:
