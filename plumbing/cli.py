@@ -46,7 +46,7 @@ class RunConfig:
     seed: int = arg(0, "of all that is drawn: weights, data order, samples", 0, 2**32 - 1)
     device: str = arg("auto", "cpu, cuda, cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "of matrix products; bf16 on CUDA")
-    lora_rank: int | None = arg(None, "train adapters of this rank, not all weights; 8 to 64", 1)
+    lora_rank: int | None = arg(None, "train adapters of this rank by peft; 8 to 64", 1)
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
     trust_remote_code: bool = arg(False, "run code that comes with a model")
@@ -134,13 +134,15 @@ def check_ranges(cfg):
 
 def by_size(value, table, model):
     """`value` if given, else the learning rate of `table`, ((parameters below, rate), ...), for the
-    model. Adapters take ten times the rate of the weights that they stand for.
+    model. Adapters take ten times the rate of the weights that they stand for, up to 1e-3: beyond,
+    a first update of PPO may ruin the policy, the sooner the higher the rank.
     """
     if value is not None:
         return value
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     size = frozen or sum(weight.numel() for weight in model.parameters())
-    return next(rate for limit, rate in table if size < limit) * (10 if frozen else 1)
+    rate = next(rate for limit, rate in table if size < limit)
+    return min(10 * rate, 1e-3) if frozen else rate
 
 
 def trainable(model):
