@@ -304,6 +304,16 @@ def test_output_is_an_ordinary_merged_folder_and_its_adapter_is_one_of_peft_s(st
 
 
 @needs_peft
+@pytest.mark.parametrize("stage, judge", [("sft", "evaluate"), ("reward_model", "score_pairs")])
+def test_the_last_evaluation_and_the_scale_are_those_of_the_merged_model(stage, judge, world, tmp_path, run_stage, monkeypatch):
+    seen, measure = [], getattr(STAGES[stage], judge)
+    monkeypatch.setattr(STAGES[stage], judge, lambda model, *rest: (seen.append(adapters.is_adapted(model)), measure(model, *rest))[1])
+    flags = [*flags_of(stage, world), "--lora-rank", 2, "--epochs", 1, "--output", tmp_path / "out"]
+    assert run_stage(STAGES[stage], *flags)[0] == 0
+    assert seen == ([True, False] if stage == "sft" else [False] * 3)  # before; after, the scale, read back
+
+
+@needs_peft
 def test_in_bf16_what_is_saved_is_what_was_evaluated(world, tmp_path, run_stage):
     """reward_model.py itself holds the saved model to the scores of the merged one: to rounding."""
     flags = [*flags_of("reward_model", world), "--lora-rank", 2, "--dtype", "bf16", "--output", tmp_path / "out"]
