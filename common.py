@@ -420,14 +420,15 @@ def adapter_base(path):
     try:
         with open(file, encoding="utf-8") as opened:
             base = json.load(opened)["base_model_name_or_path"]
-        assert base and os.path.realpath(base) != os.path.realpath(path)
-        return base
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        if not base or os.path.realpath(base) == os.path.realpath(path):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is an adapter, but its {ADAPTER} names no base model") from None
+    return base
 
 
 def _merge_adapter(model, path):
-    """(the model with an adapter's weights in its own, as float32; the names of those replaced).
+    """(the model with an adapter summed into its weights; the names of what the adapter holds).
 
     Raises:
         UserError: no peft, no safetensors, or other weights than the model has a place for.
@@ -445,7 +446,7 @@ def _merge_adapter(model, path):
         adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
         known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         held = safetensors.torch.load_file(file).keys()
-        model = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+        model = adapted.merge_and_unload().requires_grad_(True)
     except Exception as error:  # peft, safetensors and torch each have their own
         if is_out_of_memory(error):
             raise
@@ -481,19 +482,23 @@ def _load_weights(auto_class, path, made_by, config, options):
 
     The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
     """
-    if base := adapter_base(path):
+    base, options = adapter_base(path), options | {"config": config}
+    if base:
         model, missing = _load_weights(auto_class, base, None, config, options)
-        model, replaced = _merge_adapter(model, path)
-        return model, sorted({*missing} - replaced)
-    options = options | {"dtype": torch.float32, "use_safetensors": True, "config": config}
-    model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
-    layers = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
-    if layers:  # other parts, a head say, are left out on purpose
-        print(f"  {path} has weights that its config has no place for: {len(layers)}, {layers[0]}")
+        model, held = _merge_adapter(model, path)
+        missing = {*missing} - held
+    else:
+        options |= {"dtype": torch.float32, "use_safetensors": True}
+        model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
+        layers = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
+        if layers:  # other parts, a head say, are left out on purpose
+            what = f"weights that its config has no place for: {len(layers)}, {layers[0]}"
+            print(f"  {path} has {what}")
+        missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{path} holds a weight that is not finite, in {name}")
-    return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model, sorted(missing)
 
 
 def load_causal_lm(path, tokenizer, made_by=None, **options):

@@ -386,7 +386,7 @@ def test_an_adapter_folder_goes_into_every_stage_and_the_reference_is_the_merged
 
 @needs_peft
 @pytest.mark.parametrize("breakage, words", [
-    ("less", "1 too few"), ("more", "1 weights too many"), ("shape", "can't be merged"), ("nan", "can't be merged"), ("damaged", "can't be merged"),
+    ("less", "1 too few"), ("more", "1 weights too many"), ("shape", "can't be merged"), ("nan", "holds a weight that is not finite, in"), ("damaged", "can't be merged"),
     ("pickled", "never read"), ("no base", "names no base model"), ("base gone", "is an adapter of .*there is no folder"), ("both", "give each a folder"), ("prompt", "can't be merged"),
 ])
 def test_an_adapter_that_is_not_whole_is_refused_by_name(breakage, words, world, tmp_path):
