@@ -139,10 +139,12 @@ def by_size(value, table, model):
     """
     if value is not None:
         return value
+    size = sum(weight.numel() for weight in model.parameters())
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
-    size = frozen or sum(weight.numel() for weight in model.parameters())
+    has_adapters = 0 < frozen < size
+    size = frozen if has_adapters else size
     rate = next(rate for limit, rate in table if size < limit)
-    return min(10 * rate, 1e-3) if frozen else rate
+    return min(10 * rate, 1e-3) if has_adapters else rate
 
 
 def trainable(model):
