@@ -1,0 +1,356 @@
+"""The stages on pretended CUDA devices: devices, memory, random numbers, errors, waits of the host.
+
+tests/pretend_cuda.py says what it shows and what only a real GPU can. All runs are made at once, in
+two processes; the tests look at what they left. Nothing here needs a GPU.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import DEMONSTRATIONS, PROMPTS, ROOT, read_rows, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+from plumbing import cli
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the pretended device needs g++")
+
+# Ceilings on how often the host waits for the device, without evaluations and checkpoints.
+PER_TOKEN = 1  # sampled, of all rows at once: has every row ended?
+PER_ROLLOUT = 16  # prompts to the device, responses to the host, texts
+PER_PART = 6  # of score or log-probabilities, a --microbatch-size at a time, per model that reads it
+PER_MICRO_BATCH = 2  # of the update
+PER_OPTIMIZER_STEP = 6  # the clock (2), the gradients' norms
+PER_ITERATION = 24  # what is left: the clock, metrics
+
+STAGES = ("sft", "reward_model", "ppo")
+TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
+BATCH, MINIBATCH, MICRO_BATCH, LENGTH = 8, 4, 2, 12  # of the runs of ppo.py
+ADVICE = {  # phase: what its advice must name, and must not
+    "loading": ("smaller model", "batch-size"),
+    "rollout": ("--batch-size", "--microbatch-size"),
+    "score": ("--microbatch-size", "--batch-size"),
+    "log-probabilities": ("--microbatch-size", "--batch-size"),
+    "backward": ("--microbatch-size", "--batch-size"),
+    "optimizer step": ("--critic shared", "batch-size"),
+    "evaluation": ("--batch-size", "--gradient"),
+    "checkpoint": ("smaller model", "batch-size"),
+}
+TEXTS = {  # how CUDA says that there is no memory left
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cuda": getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory\nCUDA kernel errors might be"),
+    "cuda, an older torch": RuntimeError("CUDA error: out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+}
+OOM = {  # name: (where, how), each an end of a run of ppo.py
+    **{phase: (f"{phase}@{phase not in ('loading', 'evaluation'):d}", "memory") for phase in ADVICE},
+    "rollout": ("rollout@2:3", "memory"),  # an iteration is done, and saved by then
+    "loading, cublas": ("prove", "cublas"),
+    "optimizer step, in the rehearsal": ("_init_group", "memory"),
+    "backward, cudnn": ("backward@1:40", "cudnn"),
+    "score, cuda": ("score@1", "cuda"),
+}
+
+
+def never_ends(folder, world):
+    """A copy of the SFT policy in whose every response the EOS has probability 0."""
+    model = AutoModelForCausalLM.from_pretrained(world / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(world / "sft")
+    with torch.no_grad():  # dimension 0 is 1 before every layer and nothing writes to it
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = -1e3
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def flags_of(stage, world, files, *more):
+    """A run of six iterations (of ppo.py four) that saves every second one."""
+    data = lambda name: ["--data", world / name, "--eval-data", files / name, "--epochs", 2]
+    update = ["--batch-size", BATCH, "--microbatch-size", MICRO_BATCH, "--lr", 1e-3]
+    flags = {
+        "sft": ["--model", world / "sft", *data("sft.jsonl"), "--save-every", 2],
+        "reward_model": ["--model", world / "sft", *data("pairs.jsonl"), "--save-every", 2],
+        "ppo": ["--policy", world / "sft", "--reward", world / "reward_model", "--prompts", world / "prompts.jsonl",
+                "--eval-prompts", files / "eval.jsonl", "--iterations", 4, "--minibatch-size", MINIBATCH,
+                "--ppo-epochs", 2, "--response-length", LENGTH, "--save-every", 2, "--eval-every", 2],
+    }[stage]
+    return [f"{stage}.py", *flags, *update, *more]
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """(the folder of all outputs, {name: [what each run of a chain printed and its report]})."""
+    files = tmp_path_factory.mktemp("pretended")
+    long = {"prompt": " ".join([PROMPTS[0]["prompt"]] * 4)}  # only held out: only rehearsed and sampled
+    write_rows(files / "eval.jsonl", [long, *PROMPTS[::8]])
+    for name in ("sft.jsonl", "pairs.jsonl"):
+        write_rows(files / name, read_rows(world / name)[::4])
+    never_ends(files / "endless", world)
+
+    def at(*words, **options):
+        """The arguments of one run: of the pretending, then of the stage."""
+        named = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+        return [str(word) for word in sum(named, ()) + words if word is not True]
+
+    def run(stage, output, *more, **options):
+        return at(*flags_of(stage, world, files, "--output", files / output, *more), **options)
+
+    def resume(stage, output, *more, **options):
+        return at(f"{stage}.py", "--resume", "--output", files / output, *more, **options)
+
+    jobs, short = {}, ("--iterations", 2)
+    for stage in STAGES:
+        less = {"ppo": short}.get(stage, ("--epochs", 1))
+        jobs[f"{stage} float32"] = [
+            run(stage, f"{stage}_cpu", "--device", "cpu", *less),
+            run(stage, f"{stage}_cuda", "--device", "cuda", "--dtype", "float32", *less, one_generator=True),
+        ]
+        cuda_1 = ("--device", "cuda:1")
+        stop = "rollout@4" if stage == "ppo" else "backward@4"
+        jobs[f"{stage} resumed"] = [
+            run(stage, f"{stage}_whole", *cuda_1, devices=2),
+            run(stage, f"{stage}_parts", *cuda_1, devices=2, fail=stop),
+            resume(stage, f"{stage}_parts", devices=3),
+        ]
+    jobs["ppo float32"] += [
+        resume("ppo", "ppo_cuda", "--device", "cpu", "--iterations", 3),
+        resume("ppo", "ppo_cpu", "--device", "cuda", "--iterations", 3),
+    ]
+    for name, (where, how) in OOM.items():
+        jobs[f"out of memory: {name}"] = [run("ppo", name, "--device", "cuda", *short, fail=where, how=how)]
+    jobs["out of memory: sft"] = [run("sft", "sft_oom", "--device", "cuda", fail="_init_group")]
+    jobs["assert"] = [run("ppo", "assert", "--device", "cuda", *short, fail="rollout@1:20", how="assert")]
+    for stage in STAGES:
+        less = {"ppo": short}.get(stage, ("--epochs", 1))
+        jobs[f"{stage} deterministic"] = [run(stage, f"{stage}_det", "--device", "cuda", *less, deterministic=True)]
+    endless = ("--policy", files / "endless", "--device", "cuda", *short, "--eval-every", 9, "--save-every", 9)
+    jobs["endless"] = [run("ppo", "endless_out", *endless, "--iterations", 3)]
+    (files / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "tests/pretend_cuda.py", "--jobs", files / "jobs.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    return files, json.loads(ended.stdout)
+
+
+def succeeded(run):
+    assert run["status"] == 0, run["err"][-2000:]
+    return run["report"]
+
+
+def contents(folder):
+    """What two equal runs have in common: all weights, and the logs without times."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+        if path.exists():
+            found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(path)]
+    return found
+
+
+def near(a, b):
+    """Are two rows of metrics the same up to rounding?"""
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(near, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a if key not in TIMES)
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) if isinstance(a, float) else a == b
+
+
+def times(report, kind, phase=None, step=None):
+    """How often something is counted in a phase and step of a run; all of them if not given."""
+    return sum(
+        row["times"] for row in report[kind]
+        if phase in (None, row["phase"]) and step in (None, row["step"])
+    )
+
+
+# === Devices ======================================================================================
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_on_cuda_in_float32_equals_one_on_the_cpu_that_draws_the_same_numbers(stage, done):
+    files, runs = done
+    cpu, cuda = runs[f"{stage} float32"][:2]
+    assert not succeeded(cpu)["peak"] and succeeded(cuda)["peak"]["cuda:0"] > 0
+    rows = [read_rows(files / f"{stage}_{device}" / "metrics.jsonl") for device in ("cpu", "cuda")]
+    rows = [[row for row in some if row["iteration"] <= (2 if stage == "ppo" else 3)] for some in rows]
+    assert len(rows[0]) >= 4 and near(*rows), rows
+    if stage == "ppo":  # two evaluations, each of its rows with a response drawn
+        texts = [[row["response"] for row in read_rows(files / f"ppo_{device}" / "samples.jsonl")][:8]
+                 for device in ("cpu", "cuda")]
+        assert texts[0] == texts[1] and len({*texts[0]}) > 4
+    if stage == "sft":
+        drawn = [re.findall(r"    ->(.*)", run["out"]) for run in (cpu, cuda)]
+        assert drawn[0] == drawn[1] and len(drawn[0]) == 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_on_the_cpu_starts_no_cuda_and_asks_it_nothing(stage, done):
+    report = succeeded(done[1][f"{stage} float32"][0])
+    assert {name for name, *_ in report["calls"]} <= {"is_initialized"}, report["calls"]
+    assert not report["started"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_on_the_second_gpu_allocates_nothing_on_the_first(stage, done):
+    peak = succeeded(done[1][f"{stage} resumed"][0])["peak"]
+    assert peak["cuda:1"] > 0 and peak.get("cuda:0", 0) == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_number_on_the_device_is_float64_which_mps_does_not_have(stage, done):
+    report = succeeded(done[1][f"{stage} resumed"][0])
+    assert {(row["what"], row["at"]) for row in report["float64"]} == set()
+
+
+def test_mps_is_tried_like_any_device():
+    with pytest.raises(common.UserError, match="--device mps can't be used: .*mps"):
+        cli.pick_device("mps")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_needs_no_algorithm_that_is_not_deterministic(stage, done):
+    succeeded(done[1][f"{stage} deterministic"][0])
+
+
+# === Resume =======================================================================================
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_on_cuda_that_stops_and_resumes_equals_one_that_does_not_bit_for_bit(stage, done):
+    files, runs = done  # with one GPU more, since the other GPUs are none of its business
+    whole, stopped, resumed = runs[f"{stage} resumed"]
+    succeeded(whole)
+    assert stopped["status"] == 2 and "out of memory" in stopped["err"], stopped["err"]
+    succeeded(resumed)
+    assert f"resumed after {3 if stage == 'ppo' else 2} iterations" in resumed["out"]
+    one, other = contents(files / f"{stage}_whole"), contents(files / f"{stage}_parts")
+    assert one["metrics.jsonl"] == other["metrics.jsonl"] and len(one) > 1 and one == other
+
+
+def test_the_random_states_of_the_cpu_and_of_the_runs_own_gpu_are_kept_and_no_others(done):
+    files, runs = done
+    succeeded(runs["ppo resumed"][0])
+    state = torch.load(files / "ppo_whole" / "trainer_state" / "state.pt", weights_only=True)
+    del state["optimizer"]
+    leaves, found = [state], []
+    for each in leaves:  # it grows
+        leaves += each.values() if isinstance(each, dict) else each if isinstance(each, (list, tuple)) else []
+        found += [each] if isinstance(each, torch.Tensor) and each.dtype == torch.uint8 else []
+    assert len(found) == 2 and not torch.equal(*found)
+
+
+@pytest.mark.parametrize("run, where", [(2, "on the CPU after a run on CUDA"), (3, "on CUDA after one on the CPU")])
+def test_random_numbers_that_cant_be_put_back_are_spoken_of(run, where, done):
+    resumed = done[1]["ppo float32"][run]
+    succeeded(resumed)
+    assert "resumed after 2 iterations" in resumed["out"]
+    assert re.search("random", resumed["out"] + resumed["err"]), where
+
+
+# === Errors =======================================================================================
+def error_line(run, script="ppo.py"):
+    """The one line of a run that ended with an error of the user's."""
+    last = run["err"].strip().splitlines()[-1]
+    assert run["status"] == 2 and "Traceback" not in run["err"], run["err"][-2000:]
+    assert last.startswith(f"{script}: error: "), last
+    return last
+
+
+@pytest.mark.parametrize("name", OOM)
+def test_memory_that_runs_out_is_one_line_with_the_phase_and_what_helps_there(name, done):
+    files, runs = done
+    phase = name.split(",")[0]
+    line = error_line(*runs[f"out of memory: {name}"])
+    assert f"out of memory ({phase}, " in line
+    assert ("in iteration" in line) == OOM[name][0].endswith(("@1", "@2:3", "@1:40")), line
+    advice = re.split("; now |; CUDA|; cuDNN", line.split("): ")[1])[0]
+    wanted, unwanted = ADVICE[phase]
+    assert wanted in advice and unwanted not in advice, advice
+    assert ("1 iterations are saved" in line) == (name == "rollout"), line
+
+
+@pytest.mark.parametrize("name", OOM)
+def test_memory_that_runs_out_leaves_nothing_half_written(name, done):
+    folder = done[0] / name
+    assert not list(done[0].glob("*.lock")) and not list(folder.rglob("*.partial"))
+    saved = [path.name for path in folder.glob("checkpoint-*")]
+    assert saved == (["checkpoint-1"] if name == "rollout" else [])
+    for path in folder.rglob("*.safetensors"):
+        assert safetensors.torch.load_file(path)
+    for path in folder.glob("*.jsonl"):
+        assert path.read_text() == "" or read_rows(path)
+
+
+def test_memory_that_runs_out_in_the_optimizers_first_step_is_not_blamed_on_the_micro_batch(done):
+    line = error_line(*done[1]["out of memory: sft"], script="sft.py")
+    assert "out of memory (optimizer step, in iteration 1)" in line
+    assert "batch-size" not in line.split("): ")[1].split("; now ")[0]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_whatever_cuda_says_when_it_has_no_memory_is_understood(text, capsys):
+    for phase in ADVICE:
+        with pytest.raises(SystemExit) as stop, cli.command_line():
+            cli.now_in.update(phase=phase, step=3, cfg=None)
+            raise TEXTS[text]
+        line = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and "\n" not in line
+        assert f"out of memory ({phase}, in iteration 3)" in line and ADVICE[phase][0] in line
+
+
+def test_an_index_out_of_range_on_the_device_is_told_as_what_it_is(done):
+    line = error_line(*done[1]["assert"])
+    assert "finite" not in line and "memory" not in line
+    assert re.search("index|out of range", line)
+
+
+# === Waits ========================================================================================
+def test_the_host_waits_seldom_for_the_device(done):
+    report = succeeded(done[1]["endless"][0])
+    waited = lambda *phases: sum(times(report, "waits", phase, 2) for phase in phases)
+    num_tokens = times(report, "draws", "rollout", 2)
+    assert num_tokens == LENGTH  # one draw per token, for all rows
+    num_parts, num_steps = BATCH // MICRO_BATCH, 2 * BATCH // MINIBATCH
+    num_micro = num_steps * MINIBATCH // MICRO_BATCH
+    allowed = {
+        ("rollout",): PER_TOKEN * num_tokens + PER_ROLLOUT,
+        ("score",): PER_PART * num_parts,
+        ("log-probabilities",): 3 * PER_PART * num_parts,  # policy, critic and reference
+        ("backward", "optimizer step"): PER_MICRO_BATCH * num_micro + PER_OPTIMIZER_STEP * num_steps,
+    }
+    found = {phases: waited(*phases) for phases in allowed}
+    lines = sorted((row for row in report["waits"] if row["step"] == 2), key=lambda row: -row["times"])
+    assert all(found[phases] <= allowed[phases] for phases in allowed), (found, allowed, lines[:20])
+    assert times(report, "waits", None, 2) - sum(found.values()) <= PER_ITERATION, lines
+
+
+# === Memory =======================================================================================
+def peak(report, device, is_counted):
+    return max(row["bytes"] for row in report["peaks"] if row["device"] == device and is_counted(row))
+
+
+is_rehearsal = lambda row: row["step"] == 0 and row["phase"] not in ("loading", "evaluation")
+
+
+def test_the_rehearsal_takes_what_the_largest_real_batch_takes(done):
+    report = succeeded(done[1]["endless"][0])
+    rehearsed, real = peak(report, 0, is_rehearsal), peak(report, 0, lambda row: row["step"] > 0)
+    assert 0.9 * real <= rehearsed <= 1.05 * real, (rehearsed, real)
+
+
+def test_peak_memory_in_the_metrics_is_that_of_the_run_and_not_of_its_rehearsal(done):
+    files, runs = done
+    report = succeeded(runs["ppo resumed"][0])  # only its held-out prompts are long
+    logged = [row for row in read_rows(files / "ppo_whole" / "metrics.jsonl") if "split" not in row][-1]
+    real = peak(report, 1, lambda row: row["step"] > 0)
+    assert logged["peak_memory_gb"] * 1e9 == pytest.approx(real, rel=1e-6)
+    assert real < 0.9 * peak(report, 1, is_rehearsal)
