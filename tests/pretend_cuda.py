@@ -222,11 +222,12 @@ def on_device(device):
 
 
 def tensors_in(x):
+    """The tensors in a nest of lists, tuples and dicts."""
     if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, (list, tuple, dict)):
-        for each in x.values() if isinstance(x, dict) else x:
-            yield from tensors_in(each)
+        return [x]
+    if isinstance(x, (list, tuple, dict)):
+        return sum(map(tensors_in, x.values() if isinstance(x, dict) else x), [])
+    return []
 
 
 def mapped(function, x):
@@ -240,7 +241,7 @@ def mapped(function, x):
 
 def run(func, args, kwargs):
     """One operation: checked as CUDA would, computed on the CPU."""
-    tensors = list(tensors_in((args, kwargs)))
+    tensors = tensors_in((args, kwargs))
     ours = [x for x in tensors if isinstance(x, CudaTensor)]
     plain = [x for x in tensors if not isinstance(x, CudaTensor)]
     target = on_device(kwargs.get("device"))
@@ -343,16 +344,25 @@ def frames():
         frame = frame.f_back
 
 
+@functools.lru_cache(None)
+def owner_of(file):
+    """Whose a file is: the scripts', a library's, or nobody's that a reader asks about."""
+    if "site-packages" in file:
+        return "" if f"{os.sep}torch{os.sep}" in file else "library"
+    return "script" if file.startswith(options.folder) and file != __file__ else ""
+
+
 def place():
     """The innermost line of the script's own folder, and the library's line that asked, if any."""
     library = ""
     for frame in frames():
-        file, line = frame.f_code.co_filename, f"{frame.f_lineno} {frame.f_code.co_name}"
-        here = f"{os.path.basename(file)}:{line}"
-        if "site-packages" in file:
-            library = library or ("" if f"{os.sep}torch{os.sep}" in file else here)
-        elif file.startswith(options.folder) and file != __file__:
-            return f"{here} <- {library}" if library else here
+        owner = owner_of(frame.f_code.co_filename)
+        if owner == "script" or owner == "library" and not library:
+            file = os.path.basename(frame.f_code.co_filename)
+            here = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+            if owner == "script":
+                return f"{here} <- {library}" if library else here
+            library = here
     return library or "(in the backward pass)"
 
 
@@ -399,8 +409,7 @@ def counted(name, function):
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        caller = sys._getframe(1).f_code
-        if caller.co_filename.startswith(options.folder) and caller.co_filename != __file__:
+        if owner_of(sys._getframe(1).f_code.co_filename) == "script":
             calls[name, place()] += 1
         return function(*args, **kwargs)
 

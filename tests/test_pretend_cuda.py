@@ -15,7 +15,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import DEMONSTRATIONS, PROMPTS, ROOT, read_rows, write_rows
+from conftest import PROMPTS, ROOT, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -33,7 +33,7 @@ PER_ITERATION = 24  # what is left: the clock, metrics
 
 STAGES = ("sft", "reward_model", "ppo")
 TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
-BATCH, MINIBATCH, MICRO_BATCH, LENGTH = 8, 4, 2, 12  # of the runs of ppo.py
+BATCH, MINIBATCH, MICRO_BATCH, LENGTH = 8, 4, 2, 8  # of the runs of ppo.py
 ADVICE = {  # phase: what its advice must name, and must not
     "loading": ("smaller model", "batch-size"),
     "rollout": ("--batch-size", "--microbatch-size"),
@@ -51,13 +51,19 @@ TEXTS = {  # how CUDA says that there is no memory left
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
 }
-OOM = {  # name: (where, how), each an end of a run of ppo.py
-    **{phase: (f"{phase}@{phase not in ('loading', 'evaluation'):d}", "memory") for phase in ADVICE},
+OOM = {  # name: (where, how), each an end of a run of ppo.py; before the first iteration is @0
+    "loading": ("loading@0:5", "memory"),
     "rollout": ("rollout@2:3", "memory"),  # an iteration is done, and saved by then
+    "score": ("score@0", "memory"),
+    "log-probabilities": ("log-probabilities@0:20", "memory"),
+    "backward": ("backward@1:40", "memory"),
+    "optimizer step": ("optimizer step@1", "memory"),
+    "evaluation": ("evaluation@0:30", "memory"),
+    "checkpoint": ("checkpoint@1", "memory"),
     "loading, cublas": ("prove", "cublas"),
+    "rollout, cuda": ("rollout@0", "cuda"),
+    "backward, cudnn": ("backward@0:50", "cudnn"),
     "optimizer step, in the rehearsal": ("_init_group", "memory"),
-    "backward, cudnn": ("backward@1:40", "cudnn"),
-    "score, cuda": ("score@1", "cuda"),
 }
 
 
@@ -75,68 +81,64 @@ def never_ends(folder, world):
     tokenizer.save_pretrained(folder)
 
 
-def flags_of(stage, world, files, *more):
-    """A run of six iterations (of ppo.py four) that saves every second one."""
-    data = lambda name: ["--data", world / name, "--eval-data", files / name, "--epochs", 2]
-    update = ["--batch-size", BATCH, "--microbatch-size", MICRO_BATCH, "--lr", 1e-3]
+def flags_of(stage, world, files):
+    """A run of three steps that is saved after the second and the third."""
+    data = lambda name: ["--data", world / name, "--eval-data", files / name, "--epochs", 1]
     flags = {
-        "sft": ["--model", world / "sft", *data("sft.jsonl"), "--save-every", 2],
-        "reward_model": ["--model", world / "sft", *data("pairs.jsonl"), "--save-every", 2],
-        "ppo": ["--policy", world / "sft", "--reward", world / "reward_model", "--prompts", world / "prompts.jsonl",
-                "--eval-prompts", files / "eval.jsonl", "--iterations", 4, "--minibatch-size", MINIBATCH,
-                "--ppo-epochs", 2, "--response-length", LENGTH, "--save-every", 2, "--eval-every", 2],
+        "sft": ["--model", world / "sft", *data("sft.jsonl")],
+        "reward_model": ["--model", world / "sft", *data("pairs.jsonl")],
+        "ppo": ["--reward", world / "reward_model", "--iterations", 3, "--minibatch-size", MINIBATCH,
+                "--ppo-epochs", 1, "--response-length", LENGTH, "--eval-every", 9],
     }[stage]
-    return [f"{stage}.py", *flags, *update, *more]
+    return [*flags, "--batch-size", BATCH, "--microbatch-size", MICRO_BATCH, "--lr", 1e-3, "--save-every", 2]
 
 
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):
     """(the folder of all outputs, {name: [what each run of a chain printed and its report]})."""
     files = tmp_path_factory.mktemp("pretended")
-    long = {"prompt": " ".join([PROMPTS[0]["prompt"]] * 4)}  # only held out: only rehearsed and sampled
-    write_rows(files / "eval.jsonl", [long, *PROMPTS[::8]])
+    long = {"prompt": " ".join([PROMPTS[0]["prompt"]] * 4)}
+    prompts = {
+        "--prompts": world / "prompts.jsonl",
+        "--eval-prompts": write_rows(files / "eval.jsonl", [long, *PROMPTS[:3]]),  # rehearsed too
+    }
+    one_prompt = dict.fromkeys(prompts, write_rows(files / "one.jsonl", PROMPTS[:1]))
     for name in ("sft.jsonl", "pairs.jsonl"):
-        write_rows(files / name, read_rows(world / name)[::4])
+        write_rows(files / name, read_rows(world / name)[::6])
     never_ends(files / "endless", world)
 
-    def at(*words, **options):
+    def run(stage, output, *more, policy=world / "sft", prompts=prompts, new=True, **options):
         """The arguments of one run: of the pretending, then of the stage."""
         named = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
-        return [str(word) for word in sum(named, ()) + words if word is not True]
+        words = [word for word in sum(named, ()) if word is not True] + [f"{stage}.py"]
+        words += flags_of(stage, world, files) if new else ["--resume"]
+        if new and stage == "ppo":
+            words += ["--policy", policy, *sum(prompts.items(), ())]
+        return [*map(str, [*words, "--output", files / output, *more])]
 
-    def run(stage, output, *more, **options):
-        return at(*flags_of(stage, world, files, "--output", files / output, *more), **options)
-
-    def resume(stage, output, *more, **options):
-        return at(f"{stage}.py", "--resume", "--output", files / output, *more, **options)
-
-    jobs, short = {}, ("--iterations", 2)
+    jobs, one, cuda, cuda_1 = {}, ("--iterations", 1), ("--device", "cuda"), ("--device", "cuda:1")
+    options = dict(one_generator=True, deterministic=True)
     for stage in STAGES:
-        less = {"ppo": short}.get(stage, ("--epochs", 1))
         jobs[f"{stage} float32"] = [
-            run(stage, f"{stage}_cpu", "--device", "cpu", *less),
-            run(stage, f"{stage}_cuda", "--device", "cuda", "--dtype", "float32", *less, one_generator=True),
+            run(stage, f"{stage}_cpu", "--device", "cpu"),
+            run(stage, f"{stage}_cuda", *cuda, "--dtype", "float32", **options),
         ]
-        cuda_1 = ("--device", "cuda:1")
-        stop = "rollout@4" if stage == "ppo" else "backward@4"
+        where = "rollout@3" if stage == "ppo" else "backward@3"
         jobs[f"{stage} resumed"] = [
             run(stage, f"{stage}_whole", *cuda_1, devices=2),
-            run(stage, f"{stage}_parts", *cuda_1, devices=2, fail=stop),
-            resume(stage, f"{stage}_parts", devices=3),
+            run(stage, f"{stage}_parts", *cuda_1, devices=2, fail=where),
+            run(stage, f"{stage}_parts", new=False, devices=3),
         ]
     jobs["ppo float32"] += [
-        resume("ppo", "ppo_cuda", "--device", "cpu", "--iterations", 3),
-        resume("ppo", "ppo_cpu", "--device", "cuda", "--iterations", 3),
+        run("ppo", "ppo_cuda", "--device", "cpu", "--iterations", 4, new=False),
+        run("ppo", "ppo_cpu", *cuda, "--iterations", 4, new=False),
     ]
     for name, (where, how) in OOM.items():
-        jobs[f"out of memory: {name}"] = [run("ppo", name, "--device", "cuda", *short, fail=where, how=how)]
-    jobs["out of memory: sft"] = [run("sft", "sft_oom", "--device", "cuda", fail="_init_group")]
-    jobs["assert"] = [run("ppo", "assert", "--device", "cuda", *short, fail="rollout@1:20", how="assert")]
-    for stage in STAGES:
-        less = {"ppo": short}.get(stage, ("--epochs", 1))
-        jobs[f"{stage} deterministic"] = [run(stage, f"{stage}_det", "--device", "cuda", *less, deterministic=True)]
-    endless = ("--policy", files / "endless", "--device", "cuda", *short, "--eval-every", 9, "--save-every", 9)
-    jobs["endless"] = [run("ppo", "endless_out", *endless, "--iterations", 3)]
+        some = [*cuda, "--iterations", 2 if name == "rollout" else 1]
+        jobs[f"out of memory: {name}"] = [run("ppo", name, *some, fail=where, how=how)]
+    jobs["out of memory: sft"] = [run("sft", "sft_oom", *cuda, fail="_init_group")]
+    jobs["assert"] = [run("ppo", "assert", *cuda, *one, fail="rollout@1:20", how="assert")]
+    jobs["endless"] = [run("ppo", "endless_out", *cuda, policy=files / "endless", prompts=one_prompt)]
     (files / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "tests/pretend_cuda.py", "--jobs", files / "jobs.json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -179,13 +181,13 @@ def times(report, kind, phase=None, step=None):
 # === Devices ======================================================================================
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_on_cuda_in_float32_equals_one_on_the_cpu_that_draws_the_same_numbers(stage, done):
-    files, runs = done
+    files, runs = done  # and by deterministic algorithms alone
     cpu, cuda = runs[f"{stage} float32"][:2]
     assert not succeeded(cpu)["peak"] and succeeded(cuda)["peak"]["cuda:0"] > 0
     rows = [read_rows(files / f"{stage}_{device}" / "metrics.jsonl") for device in ("cpu", "cuda")]
-    rows = [[row for row in some if row["iteration"] <= (2 if stage == "ppo" else 3)] for some in rows]
+    rows = [[row for row in some if row["iteration"] <= 3] for some in rows]
     assert len(rows[0]) >= 4 and near(*rows), rows
-    if stage == "ppo":  # two evaluations, each of its rows with a response drawn
+    if stage == "ppo":  # two evaluations of four rows
         texts = [[row["response"] for row in read_rows(files / f"ppo_{device}" / "samples.jsonl")][:8]
                  for device in ("cpu", "cuda")]
         assert texts[0] == texts[1] and len({*texts[0]}) > 4
@@ -218,11 +220,6 @@ def test_mps_is_tried_like_any_device():
         cli.pick_device("mps")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_needs_no_algorithm_that_is_not_deterministic(stage, done):
-    succeeded(done[1][f"{stage} deterministic"][0])
-
-
 # === Resume =======================================================================================
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_on_cuda_that_stops_and_resumes_equals_one_that_does_not_bit_for_bit(stage, done):
@@ -231,7 +228,7 @@ def test_a_run_on_cuda_that_stops_and_resumes_equals_one_that_does_not_bit_for_b
     succeeded(whole)
     assert stopped["status"] == 2 and "out of memory" in stopped["err"], stopped["err"]
     succeeded(resumed)
-    assert f"resumed after {3 if stage == 'ppo' else 2} iterations" in resumed["out"]
+    assert "resumed after 2 iterations" in resumed["out"]
     one, other = contents(files / f"{stage}_whole"), contents(files / f"{stage}_parts")
     assert one["metrics.jsonl"] == other["metrics.jsonl"] and len(one) > 1 and one == other
 
@@ -252,7 +249,7 @@ def test_the_random_states_of_the_cpu_and_of_the_runs_own_gpu_are_kept_and_no_ot
 def test_random_numbers_that_cant_be_put_back_are_spoken_of(run, where, done):
     resumed = done[1]["ppo float32"][run]
     succeeded(resumed)
-    assert "resumed after 2 iterations" in resumed["out"]
+    assert "resumed after 3 iterations" in resumed["out"]
     assert re.search("random", resumed["out"] + resumed["err"]), where
 
 
@@ -271,7 +268,7 @@ def test_memory_that_runs_out_is_one_line_with_the_phase_and_what_helps_there(na
     phase = name.split(",")[0]
     line = error_line(*runs[f"out of memory: {name}"])
     assert f"out of memory ({phase}, " in line
-    assert ("in iteration" in line) == OOM[name][0].endswith(("@1", "@2:3", "@1:40")), line
+    assert ("in iteration" in line) == bool(re.search("@[12]", OOM[name][0])), line
     advice = re.split("; now |; CUDA|; cuDNN", line.split("): ")[1])[0]
     wanted, unwanted = ADVICE[phase]
     assert wanted in advice and unwanted not in advice, advice
@@ -319,7 +316,7 @@ def test_the_host_waits_seldom_for_the_device(done):
     waited = lambda *phases: sum(times(report, "waits", phase, 2) for phase in phases)
     num_tokens = times(report, "draws", "rollout", 2)
     assert num_tokens == LENGTH  # one draw per token, for all rows
-    num_parts, num_steps = BATCH // MICRO_BATCH, 2 * BATCH // MINIBATCH
+    num_parts, num_steps = BATCH // MICRO_BATCH, BATCH // MINIBATCH
     num_micro = num_steps * MINIBATCH // MICRO_BATCH
     allowed = {
         ("rollout",): PER_TOKEN * num_tokens + PER_ROLLOUT,
