@@ -23,8 +23,8 @@ made on a device, and which functions of torch.cuda the scripts called.
 
 It does not show speed, kernels (attention is the plain one, about 15 launches for one; no TF32, no
 atomics, no --compile), memory within an operation, fragmentation, streams, pinned memory, the form
-of a real generator's state, or that a checkpoint remembers its device. It needs g++, once: a CPU
-build of torch has no device guard for CUDA.
+of a real generator's state, or that a checkpoint remembers its device. It needs a CPU build of
+torch, and g++, once: such a build has no device guard for CUDA.
 """
 
 import argparse

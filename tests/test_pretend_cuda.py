@@ -21,8 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 from plumbing import cli
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the pretended device needs g++")
-
 # Ceilings on how often the host waits for the device, without evaluations and checkpoints.
 PER_TOKEN = 1  # sampled, of all rows at once: has every row ended?
 PER_ROLLOUT = 16  # prompts to the device, responses to the host, texts
@@ -96,6 +94,8 @@ def flags_of(stage, world, files):
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):
     """(the folder of all outputs, {name: [what each run of a chain printed and its report]})."""
+    if not shutil.which("g++") or torch.version.cuda or torch.version.hip:
+        pytest.skip("pretending needs g++ and a torch without CUDA")
     files = tmp_path_factory.mktemp("pretended")
     long = {"prompt": " ".join([PROMPTS[0]["prompt"]] * 4)}
     prompts = {
