@@ -29,6 +29,7 @@ torch, and g++, once: such a build has no device guard for CUDA.
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -117,7 +118,7 @@ NO_KERNEL = {  # and views
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
     "lift_fresh", "_local_scalar_dense",
 }
-options = argparse.Namespace(devices=1, fail=None, report=None, one_generator=False, folder=os.getcwd())
+options = argparse.Namespace(devices=1, fail=None, one_generator=False, folder=os.getcwd())
 # {(what, phase, step, place): times}
 waits, launches, draws, doubles = (collections.Counter() for _ in range(4))
 calls = collections.Counter()  # {(function of torch.cuda, place in the scripts): times}
@@ -212,7 +213,8 @@ FAULTS = {  # the ways in which CUDA says it
 
 def on_device(device):
     """A CUDA device with its index, or None for another kind."""
-    device = torch.device("cuda", device) if isinstance(device, int) else device and torch.device(device)
+    if device is not None:
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device is None or device.type != "cuda":
         return None
     index = state["current"] if device.index is None else device.index
@@ -256,31 +258,14 @@ def run(func, args, kwargs):
     if name == "cumsum" and torch.are_deterministic_algorithms_enabled():
         if ours[0].is_floating_point():
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
-    given, named = mapped(lambda x: getattr(x, "held", x), (args, kwargs))
-    if "device" in named:
-        named["device"] = torch.device("cpu")
-    named.pop("pin_memory", None)
-    is_random = torch.Tag.nondeterministic_seeded in func.tags and home is not None
-    if is_random and getattr(kwargs.get("generator"), "device", home).type == "cpu":
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-    if is_random:
+    if torch.Tag.nondeterministic_seeded in func.tags and home is not None:
+        if getattr(kwargs.get("generator"), "device", home).type == "cpu":
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         draws[name, *now(), place()] += 1
-    is_random = is_random and not options.one_generator
-    if is_random:  # with the device's numbers in place of the CPU's
-        generator, kept = torch.cuda.default_generators[home.index], torch.get_rng_state()
-        torch.default_generator.set_state(generator.get_state())
-    try:
-        result = func(*given, **named)
-    except (IndexError, RuntimeError) as problem:
-        if name not in LOOKUPS or not re.search("out of (range|bounds)", str(problem)):
-            raise
-        state["assert"] = True  # the kernel fails later, the host goes on
-        zero = lambda x: x * 0 if x.dtype == torch.int64 else x
-        result = func(*mapped(zero, given), **named)
-    finally:
-        if is_random:
-            generator.set_state(torch.default_generator.get_state())
-            torch.default_generator.set_state(kept)
+        with numbers_of(home):
+            result = compute(func, name, args, kwargs)
+    else:
+        result = compute(func, name, args, kwargs)
     known = {id(x.held): x for x in ours} | {id(x): x for x in plain}
 
     def wrap(x):  # an operation in place returns what it was given
@@ -289,6 +274,37 @@ def run(func, args, kwargs):
         return known[id(x)] if id(x) in known else x if home is None else CudaTensor(x, home)
 
     return mapped(wrap, result)
+
+
+@contextlib.contextmanager
+def numbers_of(device):
+    """Random numbers come from the device's generator, in place of the CPU's."""
+    if options.one_generator:
+        yield
+        return
+    generator, kept = torch.cuda.default_generators[device.index], torch.get_rng_state()
+    torch.default_generator.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(torch.default_generator.get_state())
+        torch.default_generator.set_state(kept)
+
+
+def compute(func, name, args, kwargs):
+    """The operation on what its tensors hold; an index out of range is noted and read as 0."""
+    given, named = mapped(lambda x: getattr(x, "held", x), (args, kwargs))
+    if "device" in named:
+        named["device"] = torch.device("cpu")
+    named.pop("pin_memory", None)
+    try:
+        return func(*given, **named)
+    except (IndexError, RuntimeError) as problem:
+        if name not in LOOKUPS or not re.search("out of (range|bounds)", str(problem)):
+            raise
+        state["assert"] = True  # the kernel fails later, the host goes on
+        zero = lambda x: x * 0 if x.dtype == torch.int64 else x
+        return func(*mapped(zero, given), **named)
 
 
 def check_devices(func, name, args, ours, plain):
@@ -458,7 +474,7 @@ def install(devices=1):
         sys.modules[module]._foreach_supported_types.append(CudaTensor)
     _device_constructors()  # remembers the torch.tensor of now
     torch.tensor = functools.partial(make_tensor, torch.tensor)
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device=) makes a CPU tensor, then moves
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device=) moves one from the CPU
     torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters
 
 

@@ -91,12 +91,8 @@ def flags_of(stage, world, files):
     return [*flags, "--batch-size", BATCH, "--microbatch-size", MICRO_BATCH, "--lr", 1e-3, "--save-every", 2]
 
 
-@pytest.fixture(scope="module")
-def done(world, tmp_path_factory):
-    """(the folder of all outputs, {name: [what each run of a chain printed and its report]})."""
-    if not shutil.which("g++") or torch.version.cuda or torch.version.hip:
-        pytest.skip("pretending needs g++ and a torch without CUDA")
-    files = tmp_path_factory.mktemp("pretended")
+def jobs_of(world, files):
+    """{name: [the arguments of each run of a chain]}, for tests/pretend_cuda.py."""
     long = {"prompt": " ".join([PROMPTS[0]["prompt"]] * 4)}
     prompts = {
         "--prompts": world / "prompts.jsonl",
@@ -139,7 +135,16 @@ def done(world, tmp_path_factory):
     jobs["out of memory: sft"] = [run("sft", "sft_oom", *cuda, fail="_init_group")]
     jobs["assert"] = [run("ppo", "assert", *cuda, *one, fail="rollout@1:20", how="assert")]
     jobs["endless"] = [run("ppo", "endless_out", *cuda, policy=files / "endless", prompts=one_prompt)]
-    (files / "jobs.json").write_text(json.dumps(jobs))
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """(the folder of all outputs, {name: [what each run of a chain printed and its report]})."""
+    if not shutil.which("g++") or torch.version.cuda or torch.version.hip:
+        pytest.skip("pretending needs g++ and a torch without CUDA")
+    files = tmp_path_factory.mktemp("pretended")
+    (files / "jobs.json").write_text(json.dumps(jobs_of(world, files)))
     command = [sys.executable, "tests/pretend_cuda.py", "--jobs", files / "jobs.json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
