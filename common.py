@@ -46,12 +46,20 @@ def place(model, device, dtype, gradient_checkpointing=False, compiled=False):
     anyway: half the memory, the same outputs to the last bit. What autocast does not round
     stays float32: embeddings, an lm_head tied to them, norms, and the score head (`token_scores`).
     """
-    model.to(device)
     if not hasattr(model, "base_model"):  # a value head
+        model.to(device)
         return
     in_bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
     model.in_bf16 = model.base_model.in_bf16 = in_bf16
     is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    if in_bf16:
+        score = getattr(getattr(model, "score", None), "weight", None)
+        kept = {model.get_input_embeddings().weight, score}
+        for module in model.modules():
+            is_matrix = isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept
+            if is_matrix and not module.weight.requires_grad:
+                module.to(torch.bfloat16)
+    model.to(device)  # after the rounding, for there is less to move
     if gradient_checkpointing and is_trained:
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -63,13 +71,6 @@ def place(model, device, dtype, gradient_checkpointing=False, compiled=False):
     if compiled:  # of a scalar model only the trunk is called
         (model.base_model if has_token_head(model) else model).compile(dynamic=True)
     model.samples_compiled = compiled and device.type == "cuda"
-    if in_bf16:
-        score = getattr(getattr(model, "score", None), "weight", None)
-        kept = {model.get_input_embeddings().weight, score}
-        for module in model.modules():
-            is_matrix = isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept
-            if is_matrix and not module.weight.requires_grad:
-                module.to(torch.bfloat16)
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def prove(model):
 
 def check_hidden_states(model):
     """Stop if the last hidden states of a causal LM are not (B, T, width)."""
-    one = torch.ones(1, 1, dtype=torch.int64)
+    one = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     hidden = forward(model, one, one.bool(), output_hidden_states=True).hidden_states[-1]
     if hidden.shape != (1, 1, model.get_output_embeddings().in_features):
         what = f"the hidden states of a {type(model).__name__} are {tuple(hidden.shape)}"

@@ -524,6 +524,8 @@ def load_models(cfg, tokenizer, rows, device):
     options = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": attention}
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
+    if cfg.lora_rank is None:  # so that no two models stand in the host's memory for long
+        policy.to(device)
     ref_policy = adapters.twin(policy, cfg.lora_rank).requires_grad_(False)
     load = lambda spec: load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options)
     scorers = [load(spec) for spec in cfg.reward]

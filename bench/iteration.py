@@ -31,6 +31,8 @@ import torch
 import transformers
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from plumbing import cli  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,16 +185,17 @@ def best_seconds(device, function, repeats=10):
 
 
 def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine_rates(device, dtype):
     """(FLOP/s of a large matrix product, bytes/s of a large copy, read and written), the best."""
-    size = 8192 if device == "cuda" else 2048
+    is_cuda = device.type == "cuda"
+    size = 8192 if is_cuda else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     flops = 2 * size**3 / best_seconds(device, lambda: a @ b)
-    source = torch.ones(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.ones(2**30 if is_cuda else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return flops, 2 * source.numel() / best_seconds(device, lambda: target.copy_(source))
 
@@ -201,11 +204,11 @@ def machine_rates(device, dtype):
 PHASES = ("rollout", "score", "update")
 
 
-def machine():
+def machine(device):
     """What a result has to say besides its numbers."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or f"{processor()}, {torch.get_num_threads()} threads", "commit": commit,
         "torch": torch.__version__, "transformers": transformers.__version__,
@@ -243,11 +246,11 @@ def summarize(shape, rows, warm_up, args):
     `args` are the flags in force, from args.json.
     """
     rows = rows[warm_up:]
-    device = "cuda" if torch.cuda.is_available() and args["device"] != "cpu" else "cpu"
+    device = cli.pick_device(args["device"])  # ppo.py's own
     given = {field.name: args.get(field.name) for field in dataclasses.fields(Shape)}
     given = {name: value for name, value in given.items() if value is not None}
     shape = dataclasses.replace(shape, **given)
-    is_bf16 = args["dtype"] == "bf16" or args["dtype"] == "auto" and device == "cuda"
+    is_bf16 = args["dtype"] == "bf16" or args["dtype"] == "auto" and device.type == "cuda"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     flops, trunk = matrix_flops(shape, args["critic"] == "shared")
     flops_per_second, bytes_per_second = machine_rates(device, dtype)
@@ -264,7 +267,7 @@ def summarize(shape, rows, warm_up, args):
         "tokens_per_second": spread([row["tokens_per_second"] for row in rows]),
         "response_length": statistics.mean(row["response_length"] for row in rows),
         "peak_memory_gb": rows[-1]["peak_memory_gb"],
-    } | machine()
+    } | machine(device)
 
 
 def show(result):
@@ -321,6 +324,16 @@ def parse(parser, argv):
     if taken & {flag.split("=")[0].replace("_", "-") for flag in flags}:
         parser.error(f"behind -- none of {', '.join(sorted(taken))} can stand: they are set here")
     return args, shape, flags
+
+
+def device_of(flags):
+    """The torch.device that --device among flags of ppo.py means."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="auto")
+    try:
+        return cli.pick_device(parser.parse_known_args(flags)[0].device)
+    except cli.UserError as error:
+        parser.error(str(error))
 
 
 def save(result, path, argv):

@@ -25,12 +25,16 @@ import iteration
 
 
 # === The peer, in a process of its own ============================================================
-def run_trl(shape, folder, num_updates, dtype, microbatch_size, rollout_size):
+def run_trl(shape, folder, num_updates, device, dtype, microbatch_size, rollout_size):
     """(seconds of each update but the first, which warms up; peak GB) of TRL's trainer."""
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     if dtype == "bf16":
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    job = vars(shape) | {
+    if device.type == "cuda":  # it takes all GPUs that it sees
+        seen = environment.get("CUDA_VISIBLE_DEVICES")
+        index = seen.split(",")[device.index] if seen else str(device.index)
+        environment["CUDA_VISIBLE_DEVICES"] = index
+    job = vars(shape) | {"cuda": device.type == "cuda"} | {
         "num_updates": num_updates, "microbatch_size": microbatch_size, "rollout_size": rollout_size
     }
     command = [sys.executable, __file__, "--trl", str(folder), json.dumps(job)]
@@ -55,7 +59,7 @@ def trl_process(folder, job):
     lines = (folder / "prompts.jsonl").read_text().splitlines()
     ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
     prompts = datasets.Dataset.from_dict({"input_ids": ids * (job["num_updates"] + 1)})
-    cuda = torch.cuda.is_available()
+    cuda = job["cuda"]
     config = PPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=job["microbatch_size"],
         gradient_accumulation_steps=job["batch_size"] // job["microbatch_size"],
@@ -70,7 +74,7 @@ def trl_process(folder, job):
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            iteration.synchronize("cuda" if cuda else "cpu")
+            iteration.synchronize(torch.device("cuda:0" if cuda else "cpu"))
             times.append(time.perf_counter())
 
     trainer = PPOTrainer(
@@ -103,6 +107,7 @@ def main(argv):
     sizes_differ = shape.minibatch_size != shape.batch_size
     if sizes_differ or any(shape.batch_size % n for n in args.peer_microbatch_sizes or ()):
         parser.error("TRL takes one step an epoch: one minibatch, in micro-batches of equal size")
+    device = iteration.device_of(flags)
     peer = args.peer_dtype, args.peer_rollout_size or shape.batch_size
     sizes = args.peer_microbatch_sizes or [shape.microbatch_size]
     with tempfile.TemporaryDirectory() as name:
@@ -110,7 +115,7 @@ def main(argv):
         iteration.write_inputs(shape, folder)
         tried = {}
         for size in sizes if len(sizes) > 1 else ():
-            seconds, peak = run_trl(shape, folder, 3, peer[0], size, peer[1])
+            seconds, peak = run_trl(shape, folder, 3, device, peer[0], size, peer[1])
             tried[size] = statistics.median(seconds)
             print(f"TRL, micro-batch {size}: {tried[size]:.2f} s, {peak:.2f} GB", flush=True)
         size = min(tried, key=tried.get) if tried else sizes[0]
@@ -119,7 +124,8 @@ def main(argv):
             rows = iteration.run_ppo(shape, folder, args.warm_up + args.repeats, flags)
             rows = rows[args.warm_up :]
             ours = statistics.median(map(iteration.total_seconds, rows))
-            seconds, peak = run_trl(shape, folder, args.repeats + 1, peer[0], size, peer[1])
+            job = args.repeats + 1, device, peer[0], size, peer[1]
+            seconds, peak = run_trl(shape, folder, *job)
             theirs = statistics.median(seconds)
             pairs.append({
                 "seconds": ours, "trl_seconds": theirs, "ratio": theirs / ours,
@@ -138,7 +144,7 @@ def main(argv):
         "trl_microbatch_size": size, "trl_microbatch_sizes_tried": tried, "pairs": pairs,
         "ratio": ratio, "memory_ratio": memory,
     }
-    iteration.save(result | iteration.machine(), args.output, argv)
+    iteration.save(result | iteration.machine(device), args.output, argv)
 
 
 if __name__ == "__main__":

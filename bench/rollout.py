@@ -62,13 +62,14 @@ def engines(model, prompts, shape):
 def main(argv):
     parser = iteration.parser(__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("auto", "float32", "bf16"), default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if any")
     parser.add_argument("--end-probability", type=float, default=0.0, help="of each token")
     args, shape, flags = iteration.parse(parser, argv)
     if not 0 <= args.end_probability <= 0.9:
         parser.error(f"--end-probability is {args.end_probability}; it must be from 0 to 0.9")
     if flags:
         parser.error("this runs no ppo.py, so nothing can stand behind --")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = iteration.device_of(["--device", args.device])
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = iteration.model_config(shape)
@@ -89,7 +90,7 @@ def main(argv):
                 with common.autocast(model):
                     begin = time.perf_counter()
                     responses = function()
-                    iteration.synchronize(device.type)
+                    iteration.synchronize(device)
                     seconds = time.perf_counter() - begin
             except Exception as error:  # an engine that can't is a result too
                 failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
@@ -111,7 +112,7 @@ def main(argv):
         "shape": vars(shape), "dtype": args.dtype, "end_probability": args.end_probability,
         "engines": results, "failed": failed,
     }
-    iteration.save(result | iteration.machine(), args.output, argv)
+    iteration.save(result | iteration.machine(device), args.output, argv)
 
 
 if __name__ == "__main__":

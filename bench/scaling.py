@@ -80,7 +80,7 @@ def main(argv):
         shown = "".join(f"{name} {value:.2f}    " for name, value in slopes.items())
         print(f"{axis:<16}{'slope':>10}   {shown}", flush=True)
     result = {"shape": vars(shape), "flags": flags, "axes": axes}
-    iteration.save(result | iteration.machine(), args.output, argv)
+    iteration.save(result | iteration.machine(iteration.device_of(flags)), args.output, argv)
 
 
 if __name__ == "__main__":

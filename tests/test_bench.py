@@ -80,3 +80,24 @@ def test_bad_arguments_end_in_one_line_before_anything_runs(argv, words, capsys,
     with pytest.raises(SystemExit) as stopped:
         iteration.main(argv)
     assert stopped.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, device", [(["--lr", "1", "--device", "cpu"], "cpu"), (["--device=cuda:1"], "cuda:1"), ([], "cuda:0")])
+def test_the_device_is_that_of_ppos_own_flag(flags, device, monkeypatch):
+    monkeypatch.setattr(iteration.cli, "pick_device", lambda name: torch.device("cuda:0" if name == "auto" else name))
+    assert iteration.device_of(flags) == torch.device(device)
+
+
+def test_a_result_is_of_the_device_in_force_though_another_is_there(monkeypatch):
+    """With a GPU at hand and --device cpu, rates, dtype and name are the CPU's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(iteration, "machine_rates", lambda device, dtype: (1e9, 1e9) if (device.type, dtype) == ("cpu", torch.float32) else None)
+    row = {"seconds_rollout": 1, "seconds_score": 1, "seconds_update": 1, "tokens_per_second": 1, "response_length": 1, "peak_memory_gb": 1}
+    result = iteration.summarize(iteration.Shape(), [row], 0, {"device": "cpu", "dtype": "auto", "critic": "separate"})
+    assert "threads" in result["device"] and result["matrix_dtype"] == "torch.float32"
+
+
+def test_a_device_that_is_not_there_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        rollout.main([*TINY, "--device", "tpu"])
+    assert stopped.value.code == 2 and "--device tpu is not known" in capsys.readouterr().err.splitlines()[-1]
