@@ -17,6 +17,7 @@ use because it lies in pieces. ROOM is left for them.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import pathlib
 import shutil
 import sys
@@ -43,17 +44,21 @@ from plumbing.scorers import Scorer, TokenScorer  # noqa: E402
 
 LLAMA_3B = Shape("llama", 3072, 28, 24, 8, 8192, 128256, True)
 LLAMA_8B = Shape("llama", 4096, 32, 32, 8, 14336, 128256, False)
-MODELS = {  # Qwen2.5-0.5B, Llama-3.2-1B and 3B, Llama-3.1-8B
-    "5M": Shape(), "0.5B": iteration.QWEN_500M, "1B": iteration.LLAMA_1B, "3B": LLAMA_3B, "8B": LLAMA_8B,
+MODELS = {  # the latter are Qwen2.5-0.5B, Llama-3.2-1B and 3B, Llama-3.1-8B
+    "5M": Shape(), "0.5B": iteration.QWEN_500M, "1B": iteration.LLAMA_1B,
+    "3B": LLAMA_3B, "8B": LLAMA_8B,
 }
 CARDS = (12, 16, 24, 48, 80)  # GB
+COLUMNS = (  # of the table
+    "weights", "gradients", "Adam's moments", "key-value cache", "activations", "rollout", "backward"
+)
 ROOM = lambda card: max(0.08 * card, 1.5)  # of a card, in GB
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(ppo.Config):
     model: str = arg("1B", f"folder, hub id or config.json, or {', '.join(MODELS)}", heading="fits")
-    lora_rank: int = arg(0, "train adapters of this rank on frozen weights; 0 trains all", 0)
+    lora_rank: int | None = arg(None, "train adapters of this rank, on frozen weights", 1)
     table: bool = arg(False, "0.5 to 8 B parameters, in full and with adapters")
     check: bool = arg(False, "compare with a real update on this machine")
 
@@ -137,7 +142,8 @@ def config_folder(name, cfg, folder):
 
 
 def load_models(cfg):
-    """What `ppo.load_models` makes of the flags, with random weights: no file of weights is read."""
+    """What `ppo.load_models` makes of the flags, with random weights: only configs are read."""
+
     def load_scorer(spec, policy, tokenizer, microbatch_size, **options):
         if ".py" in spec:
             return Scorer()  # a function
@@ -208,15 +214,16 @@ def whole_parts(attention_mask, index, size):
         yield rows, slice(attention_mask.shape[1])
 
 
-def first_and_last_step(ledger, parts, generate=common.generate_responses, Cache=common.GrowingCache):
+def first_and_last_step(ledger, parts):
     """`common.generate_responses` without the steps between, none of which takes more."""
+    generate, new_cache = common.generate_responses, common.GrowingCache
 
     def sample(model, prompts, prompt_mask, response_length, temperature):
         training = model.training
         generate(model, prompts, prompt_mask, 1, temperature)
-        peak, alive, cache = ledger.peak, ledger.alive, Cache(config=model.config)
         before = prompts[:, :1].expand(-1, prompts.shape[1] + response_length - 1)
         mask = torch.ones_like(torch.cat([before, before[:, :1]], 1)).bool()
+        peak, alive, cache = ledger.peak, ledger.alive, new_cache(config=model.config)
         with common.autocast(model), torch.no_grad():
             inputs = {"input_ids": before, "attention_mask": mask[:, 1:], "logits_to_keep": 1}
             model.eval().forward(**inputs, past_key_values=cache, use_cache=True)
@@ -323,19 +330,16 @@ def table(cfg):
         "everything": {}, "LoRA": {"lora_rank": 16},
         "LoRA, reward a function": {"lora_rank": 16, "reward": ["mine.py:reward"]},
     }
-    for model in list(MODELS)[1:]:
-        for way, flags in ways.items():
-            pairs = [
-                computed(dataclasses.replace(cfg, model=model, gradient_checkpointing=less, **flags))
-                for less in (False, True)
-            ]
-            cells = [f"{pairs[0][0][name] / 1e9:.1f}" for name in list(pairs[0][0])[:4]]
-            cells += [" / ".join(f"{parts['activations'] / 1e9:.1f}" for parts, _ in pairs)]
-            for name in ("rollout", "backward"):
-                sizes = [f"{phases[name] / 1e9:.1f}" for _, phases in pairs]
-                cells += [" / ".join(dict.fromkeys(sizes))]
-            cells += [" / ".join(f"{smallest_card(phases) or 'none'}" for _, phases in pairs)]
-            print(f"| {model} | {way} | {' | '.join(cells)} |", flush=True)
+    for model, (way, flags) in itertools.product(list(MODELS)[1:], ways.items()):
+        cfgs = [
+            dataclasses.replace(cfg, model=model, gradient_checkpointing=checkpointing, **flags)
+            for checkpointing in (False, True)
+        ]
+        both = [(parts | phases, smallest_card(phases)) for parts, phases in map(computed, cfgs)]
+        gb = lambda name: dict.fromkeys(f"{sizes[name] / 1e9:.1f}" for sizes, _ in both)
+        cells = [" / ".join(gb(name)) for name in COLUMNS]
+        cells += [" / ".join(f"{card or 'none'}" for _, card in both)]
+        print(f"| {model} | {way} | {' | '.join(cells)} |", flush=True)
 
 
 def check(cfg):
