@@ -15,6 +15,7 @@ from functools import partial
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
@@ -31,9 +32,9 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error):
-    """Has a GPU or (with "can't allocate memory") the machine no memory left?"""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "allocate memory" in str(error)
+    """Has a GPU, one of its libraries or the machine ("can't allocate memory") no memory left?"""
+    kinds, texts = (torch.OutOfMemoryError, MemoryError), "out of memory|ALLOC_FAILED|allocate memory"
+    return isinstance(error, kinds) or re.search(texts, str(error)) is not None
 
 
 # === Precision ====================================================================================
@@ -181,6 +182,10 @@ def epochs_by_length(lengths, batch_size, generator):
 def parts_by_length(attention_mask, index, size):
     """Parts of up to `size` rows, each with the columns that it needs.
 
+    Args:
+        attention_mask: (B, T), best on the CPU, where reading it makes nobody wait.
+        index: the rows that are wanted, int64 on the CPU.
+
     Yields:
         rows: indices (b,), all of `index` in order of length, prompt and response together.
         columns: the slice of the T columns from the first attended one to the last.
@@ -189,7 +194,7 @@ def parts_by_length(attention_mask, index, size):
     part beside its longest response. A part without padding spares attention its mask (not under
     --compile), and so gets the fastest kernel.
     """
-    index = index.to(attention_mask.device)
+    attention_mask = attention_mask.cpu()
     by_length = attention_mask[index].sum(1).argsort(stable=True)
     for rows in index[by_length].split(size):
         first, last = attention_mask[rows].any(0).nonzero()[[0, -1], 0].tolist()
@@ -681,24 +686,37 @@ def text_scores(model, tokens, attention_mask):
 
 
 # === Sampling =====================================================================================
-def sample_tokens(logits, temperature):
+def first_above(weights, uniform):
+    """An index of weights (b, n), drawn in proportion to them by inversion: the first whose running
+    sum exceeds uniform / 2^31 of the total; uniform (b,) int64 is below 2^31.
+
+    The running sum is one of integers, exact in whatever order a GPU adds. In float32 it would lose
+    small weights beside large ones; float64 not every GPU has.
+    """
+    shares = weights / weights.sum(-1, keepdim=True)
+    summed = (shares * 2**31).long().cumsum(-1)  # (b, n)
+    limit = uniform * summed[:, -1] >> 31  # below the total
+    index = torch.searchsorted(summed, limit[:, None], right=True).squeeze(1)
+    return index.clamp(max=weights.shape[1] - 1)  # it is n where a weight is nan
+
+
+def sample_tokens(logits, temperature, uniform):
     """One id per row of logits (b, vocabulary), drawn from softmax(logits / temperature), and its
     log-probability, (b,) each.
 
-    By inversion: the first id at which the summed probability exceeds a uniform number. The sum is
-    float64, since in float32 a large vocabulary's rare tokens would drown in its rounding.
-    torch.multinomial draws a random number per id, on a CPU half the time of a small model's step.
-
-    Raises:
-        FloatingPointError: a row of logits has no softmax: it holds an inf or a nan.
+    First a block of 128 ids, by the sums of their probabilities, then an id in it, each by a number
+    of `uniform` (b, 2), see `first_above`. So only a few hundred numbers a row, and no vocabulary,
+    are summed up one by one; torch.multinomial draws a random number per id. A row that holds an
+    inf or a nan has no softmax: the log-probability is nan.
     """
+    num_ids = logits.shape[1]
+    logits = F.pad(logits, (0, -num_ids % 128), value=-math.inf)
     probabilities = (logits.float() / temperature).softmax(-1)
-    summed = probabilities.double().cumsum(-1)
-    if not summed[:, -1].isfinite().all():
-        raise FloatingPointError("the logits are not finite")
-    uniform = torch.rand_like(summed[:, :1])  # in [0, 1)
-    tokens = torch.searchsorted(summed / summed[:, -1:], uniform, right=True)  # (b, 1)
-    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
+    blocks = probabilities.unflatten(1, (-1, 128))  # (b, blocks, 128)
+    block = first_above(blocks.sum(-1), uniform[:, 0])
+    in_block = blocks[torch.arange(len(block), device=block.device), block]  # (b, 128)
+    tokens = (128 * block + first_above(in_block, uniform[:, 1])).clamp(max=num_ids - 1)
+    return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 class KeysLikeValues:
@@ -728,39 +746,49 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     setting, since top-k or top-p would sample from another distribution than the one whose
     log-probabilities are computed. The loop is ours, where `model.generate` would do, because a row
     that has ended leaves the batch: bench/rollout.py times both. A few wait for company, as leaving
-    copies the cache. State-space models call it cache_params, and want the mask of the new columns.
+    copies the cache, and as a GPU is asked who has ended only every fourth token.
+    State-space models call the cache cache_params, and want the mask of the new columns.
+
+    Raises:
+        FloatingPointError: logits were not finite.
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
     response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)  # (B, R)
     logprobs = torch.zeros_like(response, dtype=torch.float32)
+    # All random numbers, by row and token: they depend on no device, and not on which rows are left.
+    uniform = torch.randint(2**31, (*response.shape, 2)).to(prompts.device)
     is_state = "cache_params" in inspect.signature(model.forward).parameters
     rows = torch.arange(len(prompts), device=prompts.device)  # which are in the batch, (b,)
     is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
-    cache, inputs, mask = GrowingCache(config=model.config), prompts, prompt_mask
+    num_columns = torch.zeros_like(rows[0])
+    cache, inputs, mask, position = GrowingCache(config=model.config), prompts, prompt_mask, None
     as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     with autocast(model):  # all steps share one bf16 copy of the matrices
         for t in range(response_length):  # the first step reads the prompts, each later one a token
-            new = slice(-inputs.shape[1], None)
+            position = position_ids(mask) if t == 0 else position[:, -1:] + 1
             output = model.forward(  # model() is what --compile compiles, for other shapes
-                input_ids=inputs, attention_mask=mask[:, new] if is_state else mask, use_cache=True,
-                position_ids=position_ids(mask)[:, new], logits_to_keep=1, **as_cache,
+                input_ids=inputs, position_ids=position, use_cache=True, logits_to_keep=1,
+                attention_mask=mask[:, -inputs.shape[1] :] if is_state else mask, **as_cache,
             )
-            tokens, logprob = sample_tokens(output.logits[:, -1], temperature)  # (b,) each
-            tokens = torch.where(is_open, tokens, settings.pad_token_id)
-            response[rows, t], logprobs[rows, t] = tokens, torch.where(is_open, logprob, 0.0)
+            tokens, logprob = sample_tokens(output.logits[:, -1], temperature, uniform[rows, t])
+            inputs = torch.where(is_open, tokens, settings.pad_token_id)[:, None]  # (b, 1)
+            response[rows, t], logprobs[rows, t] = inputs[:, 0], torch.where(is_open, logprob, 0.0)
+            num_columns += is_open.any()
             is_open = is_open & ~torch.isin(tokens, eos_ids)
-            num_open = int(is_open.sum())
-            if num_open == 0:
-                break
-            if num_open <= 0.75 * len(rows):  # those that have ended leave
-                cache.reorder_cache(is_open.nonzero().squeeze(1))  # recurrent states too
-                rows, tokens, mask, is_open = (x[is_open] for x in (rows, tokens, mask, is_open))
-            inputs = tokens[:, None]  # (b, 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            left = is_open.nonzero()[:, 0] if t % 4 == 3 else rows  # reading it is to wait
+            if len(left) == 0:
+                break
+            if len(left) <= 0.75 * len(rows):  # those that have ended leave
+                cache.reorder_cache(left)  # recurrent states too
+                stay = (x.index_select(0, left) for x in (rows, inputs, position, mask, is_open))
+                rows, inputs, position, mask, is_open = stay
     model.train(training)
-    return response[:, : t + 1], logprobs[:, : t + 1]
+    if not logprobs.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
+    return response[:, :num_columns], logprobs[:, :num_columns]
 
 
 @torch.no_grad()

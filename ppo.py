@@ -65,7 +65,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -244,6 +244,9 @@ def score_responses(scorers, tokens, attention_mask, prompt_rows, responses):
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
+PIECE = 2**25  # numbers, 128 MB of float32: so many logits, and half a dozen copies, at a time
+
+
 class ValueHead(torch.nn.Linear):
     """The critic of --critic shared: V read from the policy's own last hidden states."""
 
@@ -286,9 +289,10 @@ def forward_responses(
     output = common.forward(
         policy, inputs, attention_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
     )
-    # Two rows at a time, and what backward needs of them is computed again there (checkpoint): of
+    # Some rows at a time, and what backward needs of them is computed again there (checkpoint): of
     # tensors as wide as the vocabulary only the logits and their gradient are ever whole.
-    pieces = zip(output.logits.split(2), tokens[:, -num_columns:].split(2))
+    num_rows = max(1, PIECE // (num_columns * output.logits.shape[-1]))
+    pieces = zip(output.logits.split(num_rows), tokens[:, -num_columns:].split(num_rows))
     done = [
         checkpoint(
             token_logprobs, *piece, temperature, with_entropy, use_reentrant=False,
@@ -321,6 +325,7 @@ def evaluate_tokens(
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything, prompt_length = torch.arange(len(tokens)), tokens.shape[1] - num_columns
     for part, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
+        part = part.to(tokens.device)
         width = columns.stop - prompt_length
         inputs = tokens[part, columns], attention_mask[part, columns], width, temperature
         logprobs, values, entropy = forward_responses(policy, critic, *inputs, with_entropy=True)
@@ -437,12 +442,22 @@ class Batch:
     def micro_batches(self, index, size):
         """The rows of a minibatch as Batches of up to `size`, without what is padding in each."""
         prompt_length = self.tokens.shape[1] - self.response_mask.shape[1]
-        for part, columns in common.parts_by_length(self.attention_mask, index, size):
-            of_response = slice(columns.stop - prompt_length)
+        for part, columns in common.parts_by_length(self.mask_on_host, index, size):
+            part, of_response = part.to(self.tokens.device), slice(columns.stop - prompt_length)
             wide = {"tokens": columns, "attention_mask": columns}
             yield Batch(**{
-                name: x[part, wide.get(name, of_response)] for name, x in vars(self).items()
+                field.name: getattr(self, field.name)[part, wide.get(field.name, of_response)]
+                for field in dataclasses.fields(self)
             })
+
+    def counted(self):
+        """The indices of tokens that count, and of values that are trained."""
+        return [mask.nonzero(as_tuple=True) for mask in (self.response_mask, self.value_mask)]
+
+    @cached_property
+    def mask_on_host(self):
+        """attention_mask on the CPU, fetched once: the host cuts micro-batches without waiting."""
+        return self.attention_mask.cpu()
 
 
 def minibatches(batch_size, minibatch_size, epochs):
@@ -645,7 +660,7 @@ def main(cfg):
                     policy, critic, micro.tokens, micro.attention_mask,
                     micro.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
                 )  # (b, r) each
-                at, at_v = micro.response_mask, micro.value_mask  # x[at]: only what counts, (N,)
+                at, at_v = micro.counted()  # x[at]: only what counts, (N,)
                 policy_losses, ratio = policy_loss(
                     new_logprobs[at], micro.logprobs[at], micro.advantages[at], cfg.clip_eps
                 )

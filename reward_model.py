@@ -230,7 +230,7 @@ def main(cfg):
             micro_loss.backward()  # gradients add up
             loss += micro_loss.item()  # in nats per pair
             num_right += (chosen > rejected).sum().item()
-        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
             optimizer.step()
         lr = schedule.get_last_lr()[0]  # of this step
@@ -242,7 +242,7 @@ def main(cfg):
             "iteration": step,
             "loss": loss,  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
             "accuracy": num_right / len(index),  # of pairs not yet seen, in epoch 1; from 0.5 up
-            "grad_norm": grad_norm,  # before clipping; steady after the warm-up
+            "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
             "lr": lr,  # up, then down
         }
         run.log(row, show={"loss": "loss", "accuracy": "accuracy"})

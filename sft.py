@@ -214,7 +214,7 @@ def main(cfg):
             nll = completion_nll(model, *(x.to(run.device) for x in micro))  # a sum, in nats
             (nll / num_tokens).backward()  # gradients add up
             loss += nll.item() / num_tokens
-        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
             optimizer.step()
         lr = schedule.get_last_lr()[0]  # of this step
@@ -225,7 +225,7 @@ def main(cfg):
         row = {
             "iteration": step,
             "loss": loss,  # nats per token; falls fast, then slowly
-            "grad_norm": grad_norm,  # before clipping; steady after the warm-up
+            "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
             "lr": lr,  # up, then down
         }
         run.log(row, show={"loss": "loss"})

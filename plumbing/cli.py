@@ -156,13 +156,27 @@ def pick_device(name):
     """The torch.device of --device; 'auto' is the first CUDA GPU, or else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} is not known; use auto, cpu, cuda or cuda:1")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} can't be used: {reason}") from None
+
+
+def warn_of_bf16(cfg, device):
+    """bf16 is slower than float32 where it is only imitated: older CPUs; T4, V100."""
+    if device.type == "cuda":
+        has_bf16 = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+        is_wanted = cfg.dtype != "float32"
+    else:
+        known = torch.cpu.get_capabilities().items()
+        has_bf16 = any(value for name, value in known if "bf16" in name)
+        is_wanted = cfg.dtype == "bf16" and device.type == "cpu"
+    if is_wanted and not has_bf16:
+        kind = {"cuda": "GPU", "cpu": "CPU"}[device.type]
+        print(f"  warning: this {kind} has no bf16 instructions; --dtype float32 is faster here")
 
 
 # === Errors =======================================================================================
@@ -246,14 +260,16 @@ def _explain(error):
     """An error of torch in words for the user; one that is nobody's but ours is raised again."""
     reason, step = (str(error).splitlines() or [""])[0], now_in["step"]
     when = f"in iteration {step}" if step else "before the first iteration"
+    if "device-side assert" in reason:
+        return f"{now_in['phase']} failed {when}: an index was out of range on the GPU, or a number " \
+            "was not one; --device cpu says which line"
     if is_out_of_memory(error):
         cfg, phase = now_in["cfg"], now_in["phase"]
         sizes = " ".join(f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg)
         what = f"out of memory ({phase}, {when}): {ADVICE[phase]}"
         return f"{what}; now {sizes}; {reason}" if sizes else f"{what}; {reason}"
     # torch.multinomial, in generate_compiled, speaks of a probability tensor
-    unsampled = "probability tensor" in str(error) or "device-side assert" in str(error)
-    if unsampled or isinstance(error, FloatingPointError):
+    if "probability tensor" in str(error) or isinstance(error, FloatingPointError):
         what = "the policy's logits are not finite; lower --lr, see --dtype"
         return f"sampling failed {when}: {what}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

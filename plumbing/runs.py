@@ -54,10 +54,7 @@ class Run:
         """
         set_seed(cfg.seed)
         self.cfg, self.device = cfg, cli.pick_device(cfg.device)
-        known = torch.cpu.get_capabilities()
-        has_bf16 = any(value for name, value in known.items() if "bf16" in name)
-        if cfg.dtype == "bf16" and self.device.type == "cpu" and not has_bf16:
-            print("  warning: this CPU has no bf16 instructions; --dtype float32 is faster here")
+        cli.warn_of_bf16(cfg, self.device)
         self.step, self.history, self.signal, self.warned = 0, [], None, set()
         self.num_skipped, self.skipped_in_a_row = 0, 0
         self.seconds, self.entered = collections.Counter(), ("loading", time.perf_counter())
@@ -106,8 +103,11 @@ class Run:
             group["lr"] = lr
         random.setstate(state["random"])
         torch.set_rng_state(state["torch_random"])
-        if len(state["cuda_random"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        of_device = state.get("device_random")
+        if of_device is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(of_device, self.device)
+        elif (of_device is not None) != (self.device.type == "cuda"):
+            print("  another kind of device than before: what draws there draws other random numbers")
         print(f"  resumed after {self.done} iterations")
 
     def start(self):
@@ -159,9 +159,11 @@ class Run:
         return self.seconds
 
     def may_step(self, norms):
-        """Are the gradients' norms finite? Else the step is skipped; three in a row end the run."""
+        """Are the gradients' norms, (1,) each, finite? Else the step is skipped; three in a row end
+        the run.
+        """
         self.phase("optimizer step")  # it comes next
-        finite = all(math.isfinite(norm) for norm in norms)
+        finite = bool(torch.stack(norms).isfinite().all())
         self.num_skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == 3:
@@ -216,10 +218,11 @@ class Run:
         return self.step == self.num_steps or self.step % every == 0
 
     def random_states(self):
-        """Those of Python and torch, which --resume puts back."""
+        """Those of Python, of torch and of the run's own GPU, which --resume puts back."""
+        on_cuda = self.device.type == "cuda"
         return {
             "random": random.getstate(), "torch_random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all(),
+            "device_random": torch.cuda.get_rng_state(self.device) if on_cuda else None,
         }
 
     def save_if_due(self, **kept):
@@ -256,6 +259,7 @@ class Run:
 def adamw_with_cosine(cfg, model, lr_by_size, num_steps):
     """(AdamW, a schedule from 0 up to --lr and by a cosine down to 0), of the first two stages."""
     lr = cli.by_size(cfg.lr, lr_by_size, model)
-    optimizer = torch.optim.AdamW(cli.trainable(model), lr=lr, weight_decay=cfg.weight_decay)
+    weights, decay = cli.trainable(model), cfg.weight_decay
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=decay, fused=True)
     num_warmup = round(cfg.warmup * num_steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup, num_steps)

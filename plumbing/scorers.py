@@ -133,6 +133,7 @@ class TokenScorer(Scorer):
         scores = torch.zeros(len(tokens), device=tokens.device)
         everything, size = torch.arange(len(tokens)), self.microbatch_size
         for part, columns in common.parts_by_length(attention_mask, everything, size):
+            part = part.to(tokens.device)
             inputs = tokens[part, columns], attention_mask[part, columns]  # (b, T)
             scores[part] = common.text_scores(self.model, *inputs)
         return _finite(scores, self.spec)

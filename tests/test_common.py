@@ -145,20 +145,38 @@ def test_a_new_head_is_recognised_as_untrained(world):
 
 
 def test_sampling_by_inversion_reaches_rare_tokens_and_no_impossible_one():
-    """A token of probability 3e-9 behind 2 ** 20 - 1 likely ones is drawn at its own share of the uniform."""
-    size = 2**20
+    """A token of probability 3e-9 behind 2 ** 20 - 1 likely ones is drawn at its own share of its block."""
+    size, top = 2**20, 2**31 - 1
     logits = torch.zeros(1, size)
     logits[0, 7], logits[0, -1] = -math.inf, math.log(size * 3e-9)
-    for uniform, expected in ((0.0, 0), (7.5 / (size - 2), 8), (1 - 2e-9, size - 1), (1 - 2**-53, size - 1), (1 - 5e-9, size - 2)):
-        fixed = lambda like: torch.full_like(like, uniform)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand_like", fixed)
-            assert common.sample_tokens(logits, 1.0)[0].item() == expected
+    share = 3e-9 * size / (127 + 3e-9 * size)  # of the last token in the last block of 128 ids
+    within = lambda x: int(x * 2**31)
+    for pair, expected in (
+        ((0, 0), 0), ((0, within(6.5 / 127)), 6), ((0, within(7.5 / 127)), 8), ((top, top), size - 1),
+        ((top, within(1 - 0.9 * share)), size - 1), ((top, within(1 - 1.1 * share)), size - 2),
+    ):
+        drawn, logprob = common.sample_tokens(logits, 1.0, torch.tensor([pair]))
+        assert drawn.item() == expected
+        assert logprob.item() == pytest.approx(logits.double().log_softmax(-1)[0, expected].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5, 127, 128, 129, 300, 1000])
+def test_evenly_spread_numbers_draw_each_token_as_often_as_its_probability_says(size):
+    """A grid of 512 x 512 pairs in place of random ones, so that only the grid's width is left of the error."""
+    logits = 2 * torch.randn(1, size, generator=torch.Generator().manual_seed(size))
+    grid = torch.arange(512) * 2**22 + 2**21
+    drawn, _ = common.sample_tokens(logits.expand(512 * 512, -1), 0.7, torch.cartesian_prod(grid, grid))
+    found = torch.bincount(drawn, minlength=size).double() / 512**2
+    probability = (logits.double() / 0.7).softmax(-1)[0]
+    blocks = torch.arange(size) // 128
+    of_block = torch.zeros(8, dtype=torch.float64).index_add(0, blocks, probability)[blocks]
+    assert len(found) == size and ((found - probability).abs() <= (1.01 * (of_block + probability / of_block) + 1 / 512) / 512).all()
 
 
 def test_logits_that_are_not_finite_are_not_sampled_from():
     for bad in (math.nan, math.inf):
-        logits = torch.zeros(3, 5)
-        logits[1, 2] = bad
+        model = tiny_lm()
+        with torch.no_grad():
+            model.lm_head.weight[2, 0] = bad
         with pytest.raises(FloatingPointError):
-            common.sample_tokens(logits, 1.0)
+            common.generate_responses(model, *common.pad([[3, 4], [5]], 0, "left"), 6, 1.0)

@@ -135,7 +135,7 @@ def test_rows_that_end_leave_the_batch_and_disturb_none_that_stays(family, monke
     policy, left = make_lm(family), []
     policy.generation_config.eos_token_id = list(range(policy.config.get_text_config().vocab_size))[6::4]
     pick = lambda logits, t: logits.topk(10).indices[..., t]
-    monkeypatch.setattr(common, "sample_tokens", lambda logits, _: (left.append(len(logits)), (pick(logits, len(left) - 1), torch.zeros(len(logits))))[1])
+    monkeypatch.setattr(common, "sample_tokens", lambda logits, *_: (left.append(len(logits)), (pick(logits, len(left) - 1), torch.zeros(len(logits))))[1])
     rows = [[5] * (1 + i) + [7 + i] for i in range(12)]
     response, _ = common.generate_responses(policy, *common.pad(rows, PAD, "left"), 10, 1.0)
     assert left[0] == 12 and left[-1] <= 0.75 * 12  # rows did leave

@@ -457,7 +457,7 @@ def test_precision_is_a_property_of_a_model_and_needs_no_context_around_its_call
     prompts, mask = left_padded([[5, 6, 7], [6]])
     bf16, inputs = torch.autocast("cpu", torch.bfloat16), dict(input_ids=prompts, position_ids=common.position_ids(mask), attention_mask=mask)
     sample_tokens, read = common.sample_tokens, []
-    monkeypatch.setattr(common, "sample_tokens", lambda logits, temperature: (read.append(logits), sample_tokens(logits, temperature))[1])
+    monkeypatch.setattr(common, "sample_tokens", lambda logits, *rest: (read.append(logits), sample_tokens(logits, *rest))[1])
 
     def outputs(policy, scalar):
         """Logits and scores, and of five sampled tokens the ids and each step's logits."""

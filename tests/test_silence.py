@@ -279,7 +279,7 @@ def test_a_model_that_draws_random_numbers_is_refused_whatever_they_are_called()
 
 def test_a_sampler_that_draws_from_another_distribution_ends_the_run_before_anything_is_learned(ppo_run, tmp_path, monkeypatch):
     sample = common.sample_tokens
-    monkeypatch.setattr(common, "sample_tokens", lambda logits, temperature: sample(logits.roll(1, -1), temperature))
+    monkeypatch.setattr(common, "sample_tokens", lambda logits, *rest: sample(logits.roll(1, -1), *rest))
     status, out, err = ppo_run()
     assert status == 2 and "the sampler's log-probabilities are off by" in err and "can't be sampled token by token here" in err
     assert not [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
