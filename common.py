@@ -745,46 +745,40 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     R is at most response_length. After an EOS a row holds pad, and 0. Temperature is the only
     setting, since top-k or top-p would sample from another distribution than the one whose
     log-probabilities are computed. The loop is ours, where `model.generate` would do, because a row
-    that has ended leaves the batch: bench/rollout.py times both. A few wait for company, as leaving
-    copies the cache, and as a GPU is asked who has ended only every fourth token.
-    State-space models call the cache cache_params, and want the mask of the new columns.
-
-    Raises:
-        FloatingPointError: logits were not finite.
+    that has ended leaves the batch: bench/rollout.py times both. Some wait for company, as leaving
+    copies the cache; who has ended is read every fourth token, as a GPU's host waits for it.
+    State-space models call it cache_params, and want the mask of the new columns.
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
     response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)  # (B, R)
     logprobs = torch.zeros_like(response, dtype=torch.float32)
-    # All random numbers, by row and token: they depend on no device, and not on which rows are left.
-    uniform = torch.randint(2**31, (*response.shape, 2)).to(prompts.device)
+    uniform = torch.randint(2**31, (*response.shape, 2)).to(prompts.device)  # drawn on the CPU
     is_state = "cache_params" in inspect.signature(model.forward).parameters
     rows = torch.arange(len(prompts), device=prompts.device)  # which are in the batch, (b,)
     is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
-    num_columns = torch.zeros_like(rows[0])
-    cache, inputs, mask, position = GrowingCache(config=model.config), prompts, prompt_mask, None
+    cache, inputs, mask, num_columns = GrowingCache(config=model.config), prompts, prompt_mask, 0
     as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     with autocast(model):  # all steps share one bf16 copy of the matrices
         for t in range(response_length):  # the first step reads the prompts, each later one a token
-            position = position_ids(mask) if t == 0 else position[:, -1:] + 1
+            new = slice(-inputs.shape[1], None)
             output = model.forward(  # model() is what --compile compiles, for other shapes
-                input_ids=inputs, position_ids=position, use_cache=True, logits_to_keep=1,
-                attention_mask=mask[:, -inputs.shape[1] :] if is_state else mask, **as_cache,
+                input_ids=inputs, attention_mask=mask[:, new] if is_state else mask, use_cache=True,
+                position_ids=position_ids(mask)[:, new], logits_to_keep=1, **as_cache,
             )
             tokens, logprob = sample_tokens(output.logits[:, -1], temperature, uniform[rows, t])
-            inputs = torch.where(is_open, tokens, settings.pad_token_id)[:, None]  # (b, 1)
-            response[rows, t], logprobs[rows, t] = inputs[:, 0], torch.where(is_open, logprob, 0.0)
-            num_columns += is_open.any()
+            tokens = torch.where(is_open, tokens, settings.pad_token_id)
+            response[rows, t], logprobs[rows, t] = tokens, torch.where(is_open, logprob, 0.0)
+            num_columns += is_open.any()  # R: the others have ended
             is_open = is_open & ~torch.isin(tokens, eos_ids)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            left = is_open.nonzero()[:, 0] if t % 4 == 3 else rows  # reading it is to wait
+            inputs, mask = tokens[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            left = is_open.nonzero()[:, 0] if t % 4 == 3 else rows
             if len(left) == 0:
                 break
             if len(left) <= 0.75 * len(rows):  # those that have ended leave
                 cache.reorder_cache(left)  # recurrent states too
-                stay = (x.index_select(0, left) for x in (rows, inputs, position, mask, is_open))
-                rows, inputs, position, mask, is_open = stay
+                rows, inputs, mask, is_open = (x[left] for x in (rows, inputs, mask, is_open))
     model.train(training)
     if not logprobs.isfinite().all():
         raise FloatingPointError("the logits are not finite")

@@ -58,7 +58,6 @@ ROOM = lambda card: max(0.08 * card, 1.5)  # of a card, in GB
 @dataclasses.dataclass(frozen=True)
 class Config(ppo.Config):
     model: str = arg("1B", f"folder, hub id or config.json, or {', '.join(MODELS)}", heading="fits")
-    lora_rank: int | None = arg(None, "train adapters of this rank, on frozen weights", 1)
     table: bool = arg(False, "0.5 to 8 B parameters, in full and with adapters")
     check: bool = arg(False, "compare with a real update on this machine")
 
@@ -159,7 +158,6 @@ def load_models(cfg):
             raise UserError(f"{path} is of no family of {auto_class.__name__}") from error
 
     replaced = {"_load_weights": load_weights, "fit_embeddings": None, "prove": None}
-    replaced |= {"place": None} if cfg.lora_rank else {}  # when it is known what is trained
     replaced = {name: by or (lambda *args: None) for name, by in replaced.items()}
     tokenizer = SimpleNamespace(eos_token_id=2, bos_token_id=None, pad_token_id=1)
     rows = [SimpleNamespace(prompt_ids=[3] * cfg.max_prompt_length)]
@@ -171,40 +169,7 @@ def load_models(cfg):
         stack.enter_context(mock.patch.multiple(common, **replaced))
         stack.enter_context(mock.patch.object(ppo, "load_scorer", load_scorer))
         models = ppo.load_models(cfg, tokenizer, rows, device)
-    if cfg.lora_rank:
-        models = policy, ref_policy, critic, scorers = with_adapters(models, cfg)
-        for model in (ref_policy, *(scorer.model for scorer in scorers), policy, critic):
-            if model is not None:
-                common.place(model, device, cfg.dtype, cfg.gradient_checkpointing)
     return models
-
-
-def with_adapters(models, cfg):
-    """The same models on shared frozen weights: the policy's with the reference, the reward model's
-    with the critic; where a function is the reward, the critic too stands on the policy's.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise UserError("--lora-rank needs a package: pip install peft") from None
-    policy, ref_policy, critic, scorers = models
-
-    def adapted(model):
-        model = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # shares them
-        adapters = peft.LoraConfig(
-            r=cfg.lora_rank, target_modules="all-linear", exclude_modules=["score", "lm_head"]
-        )
-        return peft.inject_adapter_in_model(adapters, model)
-
-    policy = adapted(ref_policy)
-    if not isinstance(critic, ppo.ValueHead):
-        model = next((scorer.model for scorer in scorers if scorer.reads_tokens), None)
-        if model is None:
-            model = critic.requires_grad_(False)
-            setattr(model, model.base_model_prefix, ref_policy.base_model)
-        critic = adapted(model)
-        critic.score = copy.deepcopy(critic.score).requires_grad_(True)
-    return policy, ref_policy, critic, scorers
 
 
 # === The rehearsal ================================================================================

@@ -22,8 +22,8 @@ import common
 from plumbing import cli
 
 # Ceilings on how often the host waits for the device, without evaluations and checkpoints.
-PER_TOKEN = 1  # sampled, of all rows at once: has every row ended?
-PER_ROLLOUT = 16  # prompts to the device, responses to the host, texts
+PER_TOKEN = 1.25  # sampled, of all rows at once: in its attention mask; every fourth, which rows are open
+PER_ROLLOUT = 18  # prompts to the device, responses to the host, texts
 PER_PART = 6  # of score or log-probabilities, a --microbatch-size at a time, per model that reads it
 PER_MICRO_BATCH = 7  # of the update: 2 in attention masks of each model, 2 of what counts, its rows
 PER_OPTIMIZER_STEP = 6  # the clock (2), the gradients' norms
