@@ -334,7 +334,8 @@ def test_the_host_waits_seldom_for_the_device(done):
     found = {phases: waited(*phases) for phases in allowed}
     lines = sorted((row for row in report["waits"] if row["step"] == 2), key=lambda row: -row["times"])
     assert all(found[phases] <= allowed[phases] for phases in allowed), (found, allowed, lines[:20])
-    assert times(report, "waits", None, 2) - sum(found.values()) <= PER_ITERATION, lines
+    rest = times(report, "waits", None, 2) - sum(found.values()) - waited("checkpoint")
+    assert rest <= PER_ITERATION, lines
 
 
 # === Memory =======================================================================================
