@@ -6,6 +6,7 @@ Shapes    B rows, T columns of tokens; in sampling P of them are prompt and R re
 
 import collections
 import contextlib
+import datetime
 import inspect
 import json
 import math
@@ -13,6 +14,7 @@ import os
 import re
 from functools import partial
 
+import jinja2.meta
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -202,8 +204,13 @@ def parts_by_length(attention_mask, index, size):
 
 
 # === Tokenizers ===================================================================================
-def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True):
+def load_tokenizer(
+    path, made_by=None, trust_remote_code=False, needs_eos=True, template_kwargs=None
+):
     """The tokenizer of a folder or hub id, with an EOS token and another pad token.
+
+    `template_kwargs` are for `set_template_kwargs`. Where the chat template writes today's date, it
+    stays that of the first stage: tomorrow the same chat would be other tokens.
 
     pad = EOS harms only code that finds the end of a text by asking "is this pad?". Nothing here
     does, but transformers' sequence classification does: it would read the token before the EOS.
@@ -213,13 +220,17 @@ def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True):
         raise UserError(f"the tokenizer of {path} has no EOS token, so no text could end; set one")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if template_kwargs is not None:
+        set_template_kwargs(tokenizer, template_kwargs)
+    if "strftime_now" in str(tokenizer.chat_template):  # kept in tokenizer_config.json
+        tokenizer.init_kwargs.setdefault("rendered_on", str(datetime.date.today()))
     return tokenizer
 
 
 notes = collections.Counter()  # what `encode` met that must not go unsaid: {what: examples}
 
 
-def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None):
+def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=False):
     """(prompt ids, response ids) of one text or chat; all stages make their ids here.
 
     Args:
@@ -227,6 +238,7 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None):
         response: a string, or messages that go on with the chat; None has no ids.
         eos_ids: what may end a response besides the tokenizer's EOS.
         tools: of a chat, a list of JSON schemas for its template.
+        may_drop: whether the template may leave out words of the response, as thoughts.
 
     A response's ids are those by which the whole text goes on from the prompt's. They end with one
     EOS, where the policy's own response would: at the first one behind its words. (An EOS quoted
@@ -235,7 +247,7 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None):
     words that open the assistant's turn, and whole; what the second adds is the response.
 
     Raises:
-        ValueError: no template, or the template does not take this chat.
+        ValueError: no template, or it does not take this chat, or drops what is to be learned.
     """
     eos = [id for id in [tokenizer.eos_token_id] if id is not None]
     is_end = lambda id: id in eos or id in eos_ids
@@ -252,7 +264,7 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None):
     if isinstance(prompt, str):
         text, words = _string_response(tokenizer, response, {*eos, *eos_ids})
     else:
-        text, words = _chat_response(tokenizer, prompt, response, opening, tools)
+        text, words = _chat_response(tokenizer, prompt, response, opening, tools, may_drop)
     if not words.strip():
         notes["with an empty response, of which only the EOS is left"] += 1
     reply = _ids_behind(tokenizer, opening, text)
@@ -323,21 +335,30 @@ def _opening(tokenizer, prompt, tools):
     return render_chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)
 
 
-def _chat_response(tokenizer, prompt, response, opening, tools):
+def _chat_response(tokenizer, prompt, response, opening, tools, may_drop):
     """(what the response adds to the opening of a chat, that up to the end of its last words)."""
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
     whole = render_chat(tokenizer, prompt + response, tools=tools)
-    if not whole.startswith(opening):
+    shared = len(os.path.commonprefix([opening, whole]))
+    if shared < len(opening):
+        ends, instead = opening[shared:], whole[shared:][:40]
+        opens = re.search(r"[<[]think(ing)?[]>]\s*\Z", opening, re.IGNORECASE)
+        thought = ", a thought that the reply has not" if opens else ""
         raise ValueError(
             "does not fit the chat template: a reply is not rendered as the chat so far and more, "
-            "so no model that goes on with the one could write the other"
+            "so no model that goes on with the one could write the other. The prompt ends in "
+            f"{ends!r}{thought}; the whole goes on with {instead!r}{_switches(tokenizer)}"
         )
     text, words = whole[len(opening) :], response[-1]["content"].strip()
     before = _opening(tokenizer, prompt + response[:-1], tools) if response[1:] else opening
     last_turn = len(before) - len(opening) if whole.startswith(before) else 0
-    if not _has_words(text, response):
-        notes["with words of the assistant (or its reasoning_content) that the template drops"] += 1
+    lost = _lost_words(text[last_turn:], response[-1])
+    if lost and not may_drop:
+        what = "has words of the assistant (or its reasoning_content) that the template drops"
+        raise ValueError(f"{what}, from {lost!r} on{_switches(tokenizer)}")
+    if any(_lost_words(text, each) for each in response[:-1] if each["role"] == "assistant"):
+        notes["with words of an earlier turn, thoughts say, that the template drops"] += 1
     words_start = text.find(words, last_turn)  # not there if the template changes them
     has_thoughts = set(response[-1]) > {"role", "content"}
     if before == opening and text[: max(words_start, 0)].strip() and not has_thoughts:
@@ -345,17 +366,19 @@ def _chat_response(tokenizer, prompt, response, opening, tools):
     return text, text[: words_start + len(words) if words_start >= 0 else last_turn]
 
 
-def _has_words(text, response):
-    """Do the assistant's words stand in the text in their order, thoughts first?"""
-    position = 0
-    for message in response:
-        keys = ("reasoning_content", "reasoning", "thinking", "content")
-        parts = [message.get(key) or "" for key in keys if message["role"] == "assistant"]
-        for word in " ".join(map(str, parts)).split():
-            position = text.find(word, position) + len(word)
-            if position < len(word):
-                return False
-    return True
+def _lost_words(text, message):
+    """Words of a message, thoughts first, from the first that the text has not in its place; or "".
+
+    White space and the marks of a thought are the template's own to write.
+    """
+    keys, position = ("reasoning_content", "reasoning", "thinking", "content"), 0
+    parts = dict.fromkeys(str(message[key]) for key in keys if message.get(key))  # of two names one
+    words = re.sub(r"</?\w+>|\[/?[A-Z]+\]", " ", " ".join(parts)).split()
+    for i, word in enumerate(words):
+        position = text.find(word, position) + len(word)
+        if position < len(word):
+            return " ".join(words[i : i + 4])
+    return ""
 
 
 def render_chat(tokenizer, messages, **options):
@@ -366,9 +389,72 @@ def render_chat(tokenizer, messages, **options):
             "chat template; write plain strings, or give the tokenizer a template"
         )
     try:
+        if day := tokenizer.init_kwargs.get("rendered_on"):
+            day, template = datetime.datetime.fromisoformat(day), tokenizer.get_chat_template
+            dated = lambda call: repr(day.strftime(call[2]))
+            template = re.sub(TODAY, dated, template(tools=options.get("tools")))
+            options["chat_template"] = template  # the one that is saved has today's date
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates are programs and raise what they like
         raise ValueError(f"does not fit the chat template: {error}") from error
+
+
+TODAY = r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)"""  # transformers' function in a template
+DEFAULTS = "{# --chat-template-kwargs #}", "{# end of --chat-template-kwargs #}\n"  # rendered as ""
+# what transformers always defines, so that a default of it would never be read
+DEFINED = r"messages|tools|documents|add_generation_prompt|\w+_tokens?|raise_exception|strftime_now"
+
+
+def set_template_kwargs(tokenizer, text):
+    """Write the arguments of --chat-template-kwargs into the chat template, as its defaults.
+
+    So they are stored with the tokenizer and hold in later stages, pipelines and servers, whose
+    callers may pass others. They replace those written before; {} leaves the bare template.
+    """
+    flag = f"--chat-template-kwargs {text}"
+    try:
+        kwargs = json.loads(text)
+        json.dumps(kwargs, allow_nan=False)  # Jinja can write neither NaN nor Infinity
+        known = template_arguments(tokenizer)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} is not JSON: {error}") from None
+    except jinja2.TemplateError as error:
+        raise UserError(f"{flag}: the chat template is none: {error}") from None
+    if not isinstance(kwargs, dict):
+        raise UserError(f'{flag} is no JSON object, like {{"enable_thinking": false}}')
+    if not tokenizer.chat_template:
+        raise UserError(f"{flag}: the tokenizer has no chat template")
+    for name in [name for name in kwargs if name not in known]:
+        what = f"{name!r} is nothing that the chat template can be told"
+        raise UserError(f"{flag}: {what}; it can: {', '.join(known) or 'nothing'}")
+    each = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}"
+    block = "".join(each.format(*item) for item in kwargs.items())  # Jinja reads Python's literals
+    block = block.replace("#", r"\x23").join(DEFAULTS) if block else ""  # it stands only in strings
+    templates = _templates(tokenizer)
+    for name, template in templates.items():
+        templates[name] = block + (template.partition(DEFAULTS[1])[2] or template)
+    tokenizer.chat_template = templates if any(templates) else templates[""]
+
+
+def _templates(tokenizer):
+    """{name: chat template}; the only one of most tokenizers has the name ""."""
+    templates = tokenizer.chat_template or {}
+    return dict(templates) if isinstance(templates, dict) else {"": templates}
+
+
+def template_arguments(tokenizer):
+    """What the chat template may be told: the names it reads that nobody defines, sorted."""
+    environment, names = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]), set()
+    for template in _templates(tokenizer).values():
+        template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
+        names |= jinja2.meta.find_undeclared_variables(environment.parse(template))
+    return sorted(name for name in names if not re.fullmatch(DEFINED, name))
+
+
+def _switches(tokenizer):
+    """What an error says of them."""
+    names = ", ".join(template_arguments(tokenizer))
+    return f"; --chat-template-kwargs may tell the template: {names}" if names else ""
 
 
 def eos_token_ids(tokenizer, model):

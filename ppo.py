@@ -597,7 +597,7 @@ def main(cfg):
     check_config(cfg)
     cfg = with_embedded_defaults(cfg)
     run = Run(cfg, MAY_CHANGE, cfg.iterations)
-    tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
+    tokenizer = common.load_tokenizer(run.source or cfg.policy, "python sft.py", **cfg.of_tokenizer)
     rows, eval_rows = load_prompts(cfg, tokenizer)
     all_rows = rows + eval_rows
     models = policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, all_rows, run.device)

@@ -164,10 +164,12 @@ def load_model(cfg, source, rows):
     """(model, tokenizer) of a folder or hub id; if there is none, tiny and from scratch."""
     trust = cfg.trust_remote_code
     if source is not None:
-        tokenizer = common.load_tokenizer(source, trust_remote_code=trust)
+        tokenizer = common.load_tokenizer(source, **cfg.of_tokenizer)
         return common.load_causal_lm(source, tokenizer, trust_remote_code=trust), tokenizer
     texts = [row[key] for row in rows for key in ("prompt", "completion", "text") if key in row]
     tokenizer = tiny_model.train_tokenizer([text for text in texts if isinstance(text, str)])
+    if cfg.chat_template_kwargs is not None:
+        common.set_template_kwargs(tokenizer, cfg.chat_template_kwargs)  # it has no template
     model = tiny_model.tiny_llama(tokenizer)
     common.set_generation_defaults(model, tokenizer)
     return model, tokenizer

@@ -50,6 +50,13 @@ class RunConfig:
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     tensorboard: bool = arg(False, "write the metrics for TensorBoard too, if it is installed")
     trust_remote_code: bool = arg(False, "run code that comes with a model")
+    chat_template_kwargs: str | None = arg(None, "JSON, told to the chat template; see README")
+
+    @property
+    def of_tokenizer(self):
+        """What `common.load_tokenizer` takes of the flags."""
+        kwargs = self.chat_template_kwargs
+        return {"trust_remote_code": self.trust_remote_code, "template_kwargs": kwargs}
 
 
 class _Parser(transformers.HfArgumentParser):

@@ -160,7 +160,7 @@ class TextScorer(Scorer):
         prompt, tools = row["prompt"], row.get("tools")
         if self.is_ours:
             response = response if isinstance(prompt, str) else response.strip()
-            ids = common.encode(self.tokenizer, prompt, response, self.eos_ids, tools)
+            ids = common.encode(self.tokenizer, prompt, response, self.eos_ids, tools, True)
             return {"input_ids": sum(ids, [])}
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

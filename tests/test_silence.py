@@ -86,9 +86,10 @@ STRIP = CHATML.replace("m['content']", "m['content'].split('</think>')[-1].strip
     (STRIP, assistant("<think>so it is</think>\nan owl"), True), (CHATML, assistant("an owl", reasoning_content="so it is"), True),
     (CHATML, assistant("<think>so it is</think>\nan owl"), False), (STRIP, assistant("an  owl\n sees"), False),
 ])
-def test_words_that_the_template_drops_are_counted(template, reply, is_lost, chat_model, sft_says):
+def test_a_row_with_words_that_the_template_drops_is_refused(template, reply, is_lost, chat_model, sft_says):
     out = sft_says(chat_model(template), [{"messages": [user("a fox?"), reply]}] * 12)
-    assert ("12 with words of the assistant (or its reasoning_content) that the template drops" in out) == is_lost and "12 examples used" in out
+    lost = "has words of the assistant (or its reasoning_content) that the template drops, from 'so it is an' on"
+    assert f"rows.jsonl line 1 {lost}\n" in out if is_lost else "12 examples used" in out
 
 
 def test_a_role_that_the_template_leaves_for_the_response_is_told(chat_model, sft_says):
