@@ -18,6 +18,7 @@ import jinja2.meta
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from jinja2 import nodes
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
@@ -342,13 +343,14 @@ def _chat_response(tokenizer, prompt, response, opening, tools, may_drop):
     whole = render_chat(tokenizer, prompt + response, tools=tools)
     shared = len(os.path.commonprefix([opening, whole]))
     if shared < len(opening):
-        ends, instead = opening[shared:], whole[shared:][:40]
+        place = max(shared - 12, 0)  # with some of what both have
         opens = re.search(r"[<[]think(ing)?[]>]\s*\Z", opening, re.IGNORECASE)
         thought = ", a thought that the reply has not" if opens else ""
         raise ValueError(
             "does not fit the chat template: a reply is not rendered as the chat so far and more, "
-            "so no model that goes on with the one could write the other. The prompt ends in "
-            f"{ends!r}{thought}; the whole goes on with {instead!r}{_switches(tokenizer)}"
+            "so no model that goes on with the one could write the other: "
+            f"{opening[place:]!r} ends the prompt{thought}, and the whole has "
+            f"{whole[place:][:40]!r}{_switches(tokenizer)}"
         )
     text, words = whole[len(opening) :], response[-1]["content"].strip()
     before = _opening(tokenizer, prompt + response[:-1], tools) if response[1:] else opening
@@ -404,6 +406,8 @@ DEFAULTS = "{# --chat-template-kwargs #}", "{# end of --chat-template-kwargs #}\
 # what transformers always defines, so that a default of it would never be read
 DEFINED = r"messages|tools|documents|add_generation_prompt|\w+_tokens?|raise_exception|strftime_now"
 
+ASKED = "defined", "undefined", "default", "d"  # {% if enable_thinking is defined %}
+
 
 def set_template_kwargs(tokenizer, text):
     """Write the arguments of --chat-template-kwargs into the chat template, as its defaults.
@@ -443,11 +447,15 @@ def _templates(tokenizer):
 
 
 def template_arguments(tokenizer):
-    """What the chat template may be told: the names it reads that nobody defines, sorted."""
+    """What the chat template may be told: names that it reads and either never sets or asks for."""
     environment, names = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]), set()
     for template in _templates(tokenizer).values():
         template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
-        names |= jinja2.meta.find_undeclared_variables(environment.parse(template))
+        tree = environment.parse(template)
+        is_set = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+        asked = [x.node for x in tree.find_all((nodes.Test, nodes.Filter)) if x.name in ASKED]
+        is_set -= {node.name for node in asked if isinstance(node, nodes.Name)}
+        names |= jinja2.meta.find_undeclared_variables(tree) - is_set
     return sorted(name for name in names if not re.fullmatch(DEFINED, name))
 
 
