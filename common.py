@@ -205,12 +205,10 @@ def parts_by_length(attention_mask, index, size):
 
 
 # === Tokenizers ===================================================================================
-def load_tokenizer(
-    path, made_by=None, trust_remote_code=False, needs_eos=True, template_kwargs=None
-):
+def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True, chat_kwargs=None):
     """The tokenizer of a folder or hub id, with an EOS token and another pad token.
 
-    `template_kwargs` are for `set_template_kwargs`. Where the chat template writes today's date, it
+    `chat_kwargs` are for `set_template_kwargs`. Where the chat template writes today's date, it
     stays that of the first stage: tomorrow the same chat would be other tokens.
 
     pad = EOS harms only code that finds the end of a text by asking "is this pad?". Nothing here
@@ -221,8 +219,8 @@ def load_tokenizer(
         raise UserError(f"the tokenizer of {path} has no EOS token, so no text could end; set one")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if template_kwargs is not None:
-        set_template_kwargs(tokenizer, template_kwargs)
+    if chat_kwargs is not None:
+        set_template_kwargs(tokenizer, chat_kwargs)
     if "strftime_now" in str(tokenizer.chat_template):  # kept in tokenizer_config.json
         tokenizer.init_kwargs.setdefault("rendered_on", str(datetime.date.today()))
     return tokenizer
@@ -358,13 +356,13 @@ def _chat_response(tokenizer, prompt, response, opening, tools, may_drop):
     lost = _lost_words(text[last_turn:], response[-1])
     if lost and not may_drop:
         what = "has words of the assistant (or its reasoning_content) that the template drops"
-        raise ValueError(f"{what}, from {lost!r} on{_switches(tokenizer)}")
+        raise ValueError(f"{what}, from {lost!r} on; leave them out{_switches(tokenizer)}")
     if any(_lost_words(text, each) for each in response[:-1] if each["role"] == "assistant"):
         notes["with words of an earlier turn, thoughts say, that the template drops"] += 1
     words_start = text.find(words, last_turn)  # not there if the template changes them
     has_thoughts = set(response[-1]) > {"role", "content"}
     if before == opening and text[: max(words_start, 0)].strip() and not has_thoughts:
-        notes["whose response begins with words of the template, as with a role"] += 1
+        notes["whose response begins with words of the template, a role or an empty thought"] += 1
     return text, text[: words_start + len(words) if words_start >= 0 else last_turn]
 
 

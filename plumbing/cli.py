@@ -55,8 +55,8 @@ class RunConfig:
     @property
     def of_tokenizer(self):
         """What `common.load_tokenizer` takes of the flags."""
-        kwargs = self.chat_template_kwargs
-        return {"trust_remote_code": self.trust_remote_code, "template_kwargs": kwargs}
+        chat_kwargs = self.chat_template_kwargs
+        return {"trust_remote_code": self.trust_remote_code, "chat_kwargs": chat_kwargs}
 
 
 class _Parser(transformers.HfArgumentParser):

@@ -85,7 +85,7 @@ def test_every_flag_is_in_help_with_dashes_and_is_read_by_the_code(module, capsy
     named_by_string = ("model", "policy", "reward", "data", *cli.SIZES)  # folders.claim and cli look these up in any stage's flags
     for field in dataclasses.fields(module.Config):
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b", text, re.M)
-        assert f"cfg.{field.name}" in code or field.name in named_by_string, f"nothing reads --{field.name}"
+        assert re.search(rf"\b(cfg|self)\.{field.name}\b", code) or field.name in named_by_string, f"nothing reads --{field.name}"
     assert not re.search(r"--\w+_\w+", text) and text.index("run:") < text.index("data:")
     assert all(f"cfg.{name}" in stage for name in ("policy", "reward", "batch_size", "response_length")) or module is not ppo
 

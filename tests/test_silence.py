@@ -88,7 +88,7 @@ STRIP = CHATML.replace("m['content']", "m['content'].split('</think>')[-1].strip
 ])
 def test_a_row_with_words_that_the_template_drops_is_refused(template, reply, is_lost, chat_model, sft_says):
     out = sft_says(chat_model(template), [{"messages": [user("a fox?"), reply]}] * 12)
-    lost = "has words of the assistant (or its reasoning_content) that the template drops, from 'so it is an' on"
+    lost = "has words of the assistant (or its reasoning_content) that the template drops, from 'so it is an' on; leave them out"
     assert f"rows.jsonl line 1 {lost}\n" in out if is_lost else "12 examples used" in out
 
 

@@ -246,3 +246,239 @@ def test_what_is_learned_of_a_chat_is_what_the_table_says_and_all_stages_read_th
         path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": chat[:-1]}])
         (asked,), _ = rows_.load_prompts(ppo.Config(prompts=[path], eval_prompts=[path]), tokenizer)
         assert asked.prompt_ids == prompt
+
+
+def test_what_a_policy_wrote_is_scored_whatever_the_template_drops_of_it(tokenizer_of):
+    """Rows with such words are refused before a run; a response must not end it."""
+    tokenizer = tokenizer_of("Nemotron")
+    prompt, response = common.encode(tokenizer, [ASK], "Hm</think>Owl", may_drop=True)
+    assert tokenizer.decode(prompt + response) == "<s><|user|>Ask<|eot|><|assistant|>Owl<|eot|>"
+    model = tiny_lm(vocab_size=len(tokenizer))
+    model.config.reward_mean = 0.0
+    scorer = scorers.TextScorer("rm", model, tokenizer, 4)
+    assert scorer.encode({"prompt": [ASK]}, "Hm</think>Owl") == {"input_ids": prompt + response}
+
+
+def test_of_several_turns_only_the_last_needs_its_thought(tokenizer_of):
+    tokenizer = tokenizer_of("Qwen3")
+    common.notes.clear()
+    _, ids = common.encode(tokenizer, [ASK], [THOUGHT, MORE, {**THOUGHT, "content": "<think>Hm</think>Cub"}])
+    assert tokenizer.decode(ids) == f"Owl<|im_end|>\n{GONE_ON}<think>\nHm\n</think>\n\nCub<|im_end|>"
+    assert [*common.notes] == ["with words of an earlier turn, thoughts say, that the template drops"]
+
+
+# === --chat-template-kwargs =======================================================================
+VALUES = [
+    True, False, None, 0, -7, 2**70, 1.5, -1e-7, 1e22, "", "high", "it's \"so\"", "#} {% x %} {# {{ y }} #}\n", "a\\n\\x23#\t\r\n\x00\u2028", "caf\xe9 \u9f99 \U0001f989",
+    [], [1, [None, "#"]], {}, {"a": {"#'": [False]}},
+]
+BODY = "{% macro told() %}<{{ x }}>{% endmacro %}{{ told() }}{% for m in messages %}{{ x | tojson }}{% if x is defined and x %}!{% endif %}{% endfor %}\n\n{{ x }}\n"
+BEGINNINGS = [
+    "", "\n", "\n\n", "  ", " {% if x is defined %}a{% endif %}", "{%- set y = 1 %}\n", "{%- if true %}b{% endif %}\n ", "{#- c -#}\n", "\n{{- 'd' }}", "{%+ if true %}e{%+ endif %}",
+    "{% if x is not defined %}{% set x = 'own' %}{% endif %}\n", "{%- set z = x | default('own') -%}  {{ z }}", "{% generation %}f{% endgeneration %}{% for i in [1, 2] %}{% break %}{% endfor %}",
+]
+OTHER_DAY = datetime.datetime(2031, 2, 3)
+
+
+def rendered(tokenizer, **told):
+    return tokenizer.apply_chat_template([ASK, OWL], tokenize=False, **told)
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_values_written_into_a_template_render_as_if_they_were_passed_and_may_be_passed_still(beginning, tokenizer_of, tmp_path):
+    bare, told = tokenizer_of("ChatML"), tokenizer_of("ChatML")
+    bare.chat_template = told.chat_template = beginning + BODY
+    for value in VALUES:
+        common.set_template_kwargs(told, json.dumps({"x": value}))
+        assert rendered(told) == rendered(bare, x=value) and rendered(told, x="passed") == rendered(bare, x="passed")
+        common.set_template_kwargs(told, json.dumps({"x": value}, ensure_ascii=False))  # again: in place of the same
+        assert told.chat_template.count("set x = ") == 1 + beginning.count("set x = ")
+        told.save_pretrained(tmp_path / "told")
+        assert rendered(AutoTokenizer.from_pretrained(tmp_path / "told")) == rendered(bare, x=value)
+    common.set_template_kwargs(told, "{}")
+    assert told.chat_template == bare.chat_template
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "switch" in KINDS[kind]])
+def test_every_switch_renders_as_if_it_were_passed(kind, tokenizer_of):
+    bare, (name, default, changes) = tokenizer_of(kind), KINDS[kind]["switch"]
+    texts = {}
+    for value, opens in itertools.product(changes, (False, True)):
+        told = tokenizer_of(kind, json.dumps({name: value}))
+        texts[value, opens] = told.apply_chat_template([ASK], tokenize=False, add_generation_prompt=opens)
+        assert texts[value, opens] == bare.apply_chat_template([ASK], tokenize=False, add_generation_prompt=opens, **{name: value})
+    assert len({texts[value, True] for value in changes}) == len(changes)  # the switch is not ignored
+    assert texts[default, True] == bare.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    assert common.template_arguments(bare) == [name]
+
+
+@pytest.mark.parametrize("told, problem", [
+    ('{"enable_thinking": false', "is not JSON"), ("", "is not JSON"), ("[1]", "is no JSON object"), ("null", "is no JSON object"), ('"enable_thinking"', "is no JSON object"),
+    ('{"enable_thinking": NaN}', "is not JSON"), ('{"enable_thinking": 1e999}', "is not JSON"), ("[" * 100_000, "is not JSON"),
+    ('{"enable_thinkin": false}', "'enable_thinkin' is nothing that the chat template can be told; it can: enable_thinking"),
+    *((f'{{"enable_thinking": true, "{name}": 1}}', f"{name!r} is nothing that the chat template can be told; it can: enable_thinking") for name in (
+        "messages", "tools", "documents", "add_generation_prompt", "bos_token", "raise_exception", "strftime_now", "m", "loop", "reply", "range", "true", "a b", "", "role",
+    )),
+])
+def test_arguments_that_a_template_cannot_be_told_are_refused(told, problem, tokenizer_of):
+    tokenizer = tokenizer_of("Qwen3")
+    before = tokenizer.chat_template = "{{ bos_token }}{{ documents }}" + tokenizer.chat_template
+    with pytest.raises(common.UserError) as error:
+        common.set_template_kwargs(tokenizer, told)
+    assert problem in str(error.value) and tokenizer.chat_template == before
+
+
+@pytest.mark.parametrize("text, problem", [(None, "the tokenizer has no chat template"), ("{% if", "the chat template is none: "), ("a", "it can: nothing")])
+def test_a_template_that_knows_no_arguments_is_told_none(text, problem, tokenizer_of):
+    tokenizer = tokenizer_of("ChatML")
+    tokenizer.chat_template = text
+    with pytest.raises(common.UserError) as error:
+        common.set_template_kwargs(tokenizer, '{"x": 1}')
+    assert problem in str(error.value)
+
+
+def test_of_several_templates_each_is_told(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of("ChatML")
+    tokenizer.chat_template = several = {"default": "D{{ x }}{{ y }}", "tool_use": "T{{ x }}"}
+    common.set_template_kwargs(tokenizer, '{"x": "1"}')
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert rendered(loaded, y=2) == "D12" and common.render_chat(loaded, [ASK], tools=[{"type": "function"}]) == "T1"
+    common.set_template_kwargs(loaded, "{}")
+    assert loaded.chat_template == several
+
+
+# === The date =====================================================================================
+def test_the_day_of_the_first_stage_is_kept_and_the_saved_template_stays_live(tokenizer_of, tmp_path, monkeypatch):
+    class Day(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2024, 7, 4)
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return OTHER_DAY
+
+    live = tokenizer_of("Llama 3")
+    live.init_kwargs.pop("rendered_on")
+    live.save_pretrained(tmp_path / "hub")
+    monkeypatch.setattr(common.datetime, "date", Day)
+    first = common.load_tokenizer(str(tmp_path / "hub"))
+    first.save_pretrained(tmp_path / "sft")
+    Day.today = classmethod(lambda cls: cls(2025, 1, 1))
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Later)
+    for folder, expected in (("sft", "04 Jul 2024"), ("hub", "01 Jan 2025")):
+        tokenizer = common.load_tokenizer(str(tmp_path / folder))
+        assert f"Today Date: {expected}<" in tokenizer.decode(common.encode(tokenizer, [ASK])[0])
+        assert tokenizer.chat_template == live.chat_template and "Today Date: 03 Feb 2031<" in rendered(tokenizer)
+    undated = tokenizer_of("ChatML")
+    undated.init_kwargs.pop("rendered_on")
+    undated.save_pretrained(tmp_path / "none")
+    assert "rendered_on" not in common.load_tokenizer(str(tmp_path / "none")).init_kwargs
+
+
+def test_a_run_that_goes_on_on_another_day_keeps_its_own(tokenizer_of, tmp_path, run_stage, monkeypatch):
+    class Day(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2024, 7, 4)
+
+    tokenizer, seen = tokenizer_of("Llama 3"), []
+    tokenizer.init_kwargs.pop("rendered_on")
+    a_model(KINDS["Llama 3"], tokenizer, tmp_path / "hub")
+    (tmp_path / "reward.py").write_text("def length(prompts, responses, rows):\n    return [float(len(text)) for text in responses]\n")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": [ASK]}] * 8)
+    monkeypatch.setattr(common.datetime, "date", Day)
+    original = ppo.sample_responses
+    monkeypatch.setattr(ppo, "sample_responses", lambda policy, rows, *rest: seen.append(tokenizer.decode(rows[0].prompt_ids)) or original(policy, rows, *rest))
+    flags = ["--policy", tmp_path / "hub", "--reward", f"{tmp_path / 'reward.py'}:length", "--prompts", prompts, "--eval-prompts", prompts]
+    flags += ["--batch-size", 4, "--minibatch-size", 4, "--response-length", 4, "--iterations", 1, "--device", "cpu", "--output", tmp_path / "out"]
+    assert run_stage(ppo, *flags)[0] == 0
+    Day.today = classmethod(lambda cls: cls(2025, 1, 1))
+    assert run_stage(ppo, "--resume", "--iterations", 2, "--output", tmp_path / "out")[0] == 0
+    assert len(seen) > 2 and all("Today Date: 04 Jul 2024<" in prompt for prompt in seen)
+
+
+def test_each_stage_ends_with_one_line_where_it_cannot_tell_the_template(world, tmp_path, run_stage, tokenizer_of):
+    a_model(KINDS["Qwen3"], tokenizer_of("Qwen3"), tmp_path / "hub")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": [ASK]}] * 8)
+    for stage, flag, value in ((sft, "--model", tmp_path / "hub"), (reward_model, "--model", tmp_path / "hub"), (ppo, "--policy", tmp_path / "hub")):
+        status, _, err = run_stage(stage, flag, value, "--output", tmp_path / "out", "--chat-template-kwargs", '{"thinking": false}', *(["--prompts", prompts] if stage is ppo else []))
+        assert status == 2 and err == (
+            f"{stage.__name__}.py: error: --chat-template-kwargs {{\"thinking\": false}}: 'thinking' is nothing that the chat template can be told; it can: enable_thinking\n"
+        )
+    status, _, err = run_stage(sft, "--output", tmp_path / "out", "--chat-template-kwargs", "{}")  # from scratch
+    assert (status, err) == (2, "sft.py: error: --chat-template-kwargs {}: the tokenizer has no chat template\n")
+
+
+# === From the first stage to the last =============================================================
+R1 = KINDS["DeepSeek-R1"] | dict(inline="split", thought="<think>\n{}\n</think>\n\n", switch=("thinking", False, {True: {}, False: dict(opens="<|Assistant|>")}))
+END_TO_END = {  # kind, flag of the first stage, the reply's other keys, its content, prompt and response as each stage's model sees them
+    "a switch, as Qwen3's": (KINDS["Qwen3"], '{"enable_thinking": false}', {}, "Owl", f"{ASKED}<think>\n\n</think>\n\n", "Owl<|im_end|>"),
+    "channels, as gpt-oss's": (
+        KINDS["gpt-oss"], '{"reasoning_effort": "high"}', {"thinking": "Hm"}, "Owl",
+        "<|start|>system<|message|>Date: 2024-07-04 Reasoning: high<|end|><|start|>user<|message|>Ask<|end|><|start|>assistant",
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Owl<|return|>",
+    ),
+    "an opened thought, as R1's": (R1, '{"thinking": true}', {}, "<think>\nHm\n</think>\n\nOwl", "<|bos|><|User|>Ask<|Assistant|><think>\n", "Hm\n</think>\n\nOwl<|eos|>"),
+}
+
+
+def a_model(kind, tokenizer, folder):
+    """A folder with a tiny policy of random weights that has a token for each mark of the kind."""
+    marks = [word for form in (kind["user"], kind["reply"], kind.get("thought", "")) for word in form.replace("{}", " ").replace("\n", " ").replace("><", "> <").split() if word[0] == "<"]
+    tokenizer.add_tokens(marks)
+    tokenizer.chat_template = template(kind)
+    model = tiny_lm(vocab_size=len(tokenizer), max_position_embeddings=256)
+    common.set_generation_defaults(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", END_TO_END)
+def test_what_the_first_stage_is_told_holds_to_the_last(name, tokenizer_of, tmp_path, run_stage, monkeypatch):
+    kind, told, more, content, prompt, response = END_TO_END[name]
+    tokenizer = tokenizer_of(next((known for known in KINDS if KINDS[known] == kind), "DeepSeek-R1"))
+    a_model(kind, tokenizer, tmp_path / "hub")
+    seen = {}  # what each stage's model was given, ids
+
+    def spy(module, function, stage, ids_of):
+        original = getattr(module, function)
+
+        def spied(*args, **kwargs):
+            result = original(*args, **kwargs)
+            seen.setdefault(stage, ids_of(args, result))
+            return result
+
+        monkeypatch.setattr(module, function, spied)
+
+    spy(sft, "completion_nll", "sft.py", lambda args, _: args[1][0][args[2][0]].tolist())
+    spy(reward_model, "pair_scores", "reward_model.py", lambda args, _: args[1][0][0])
+    spy(ppo, "sample_responses", "ppo.py", lambda args, result: result[0][0][result[1][0]].tolist())
+    spy(scorers.TokenScorer, "__call__", "ppo.py's reward", lambda args, _: args[1][0][args[2][0]].tolist())
+    reply, no = assistant(content, **more), assistant(f"{content} no", **more)
+    data = write_rows(tmp_path / "sft.jsonl", [{"messages": [ASK, reply]}] * 8)
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": [ASK], "chosen": [reply], "rejected": [no]}] * 8)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": [ASK]}] * 8)
+    common_flags = ["--device", "cpu", "--batch-size", 4]
+    folder = lambda stage: tmp_path / stage
+    stages = (
+        (sft, "--model", folder("hub"), "--data", data, "--eval-data", data, "--epochs", 1, "--output", folder("sft"), "--chat-template-kwargs", told),
+        (reward_model, "--model", folder("sft"), "--data", pairs, "--eval-data", pairs, "--output", folder("rm")),
+        (ppo, "--policy", folder("sft"), "--reward", folder("rm"), "--prompts", prompts, "--eval-prompts", prompts, "--iterations", 2, "--minibatch-size", 4,
+         "--response-length", 6, "--output", folder("ppo")),
+        (ppo, "--resume", "--iterations", 3, "--output", folder("ppo")),
+    )
+    for stage, *flags in stages:
+        status, out, err = run_stage(stage, *flags, *(common_flags if "--resume" not in flags else []))
+        assert status == 0, err
+    learned = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for stage, ids in seen.items():
+        print(f"{name}, {stage}: {tokenizer.decode(ids[: len(start)])!r} + {tokenizer.decode(ids[len(start) :])!r}")
+        assert ids == learned if stage in ("sft.py", "reward_model.py") else ids[: len(start)] == start
+    assert seen["ppo.py"] == seen["ppo.py's reward"] and len(seen) == 4
+    result = AutoTokenizer.from_pretrained(folder("ppo"))
+    assert result.init_kwargs.get("rendered_on") == DAY and result.chat_template == AutoTokenizer.from_pretrained(folder("sft")).chat_template
+    assert result.chat_template.endswith(template(kind)) and len(read_rows(folder("ppo") / "metrics.jsonl")) >= 3
