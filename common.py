@@ -400,7 +400,7 @@ def render_chat(tokenizer, messages, **options):
 
 
 TODAY = r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)"""  # transformers' function in a template
-DEFAULTS = "{# --chat-template-kwargs #}", "{# end of --chat-template-kwargs #}\n"  # rendered as ""
+DEFAULTS = "{# --chat-template-kwargs #}", "{# end of --chat-template-kwargs #}\n"  # render as ""
 # what transformers always defines, so that a default of it would never be read
 DEFINED = r"messages|tools|documents|add_generation_prompt|\w+_tokens?|raise_exception|strftime_now"
 
@@ -431,7 +431,7 @@ def set_template_kwargs(tokenizer, text):
         raise UserError(f"{flag}: {what}; it can: {', '.join(known) or 'nothing'}")
     each = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}"
     block = "".join(each.format(*item) for item in kwargs.items())  # Jinja reads Python's literals
-    block = block.replace("#", r"\x23").join(DEFAULTS) if block else ""  # it stands only in strings
+    block = block.join(DEFAULTS) if block else ""
     templates = _templates(tokenizer)
     for name, template in templates.items():
         templates[name] = block + (template.partition(DEFAULTS[1])[2] or template)

@@ -265,17 +265,19 @@ def test_of_several_turns_only_the_last_needs_its_thought(tokenizer_of):
     _, ids = common.encode(tokenizer, [ASK], [THOUGHT, MORE, {**THOUGHT, "content": "<think>Hm</think>Cub"}])
     assert tokenizer.decode(ids) == f"Owl<|im_end|>\n{GONE_ON}<think>\nHm\n</think>\n\nCub<|im_end|>"
     assert [*common.notes] == ["with words of an earlier turn, thoughts say, that the template drops"]
+    with pytest.raises(ValueError, match="drops, from 'Hm Cub' on"):  # though the first turn has the same word
+        common.encode(tokenizer_of("ChatML"), [ASK], [assistant("Hm"), MORE, {**CUB, "reasoning_content": "Hm"}])
 
 
 # === --chat-template-kwargs =======================================================================
 VALUES = [
-    True, False, None, 0, -7, 2**70, 1.5, -1e-7, 1e22, "", "high", "it's \"so\"", "#} {% x %} {# {{ y }} #}\n", "a\\n\\x23#\t\r\n\x00\u2028", "caf\xe9 \u9f99 \U0001f989",
+    True, False, None, 0, -7, 2**70, 1.5, -1e-7, 1e22, "", "high", "it's \"so\"", "#} {% x %} {# {{ y }} #}\n", common.DEFAULTS[1], "a\\n\\x23#\t\r\n\x00\u2028", "caf\xe9 \u9f99 \U0001f989",
     [], [1, [None, "#"]], {}, {"a": {"#'": [False]}},
 ]
 BODY = "{% macro told() %}<{{ x }}>{% endmacro %}{{ told() }}{% for m in messages %}{{ x | tojson }}{% if x is defined and x %}!{% endif %}{% endfor %}\n\n{{ x }}\n"
 BEGINNINGS = [
     "", "\n", "\n\n", "  ", " {% if x is defined %}a{% endif %}", "{%- set y = 1 %}\n", "{%- if true %}b{% endif %}\n ", "{#- c -#}\n", "\n{{- 'd' }}", "{%+ if true %}e{%+ endif %}",
-    "{% if x is not defined %}{% set x = 'own' %}{% endif %}\n", "{%- set z = x | default('own') -%}  {{ z }}", "{% generation %}f{% endgeneration %}{% for i in [1, 2] %}{% break %}{% endfor %}",
+    "{% if x is not defined %}{% set x = 'own' %}{% endif %}\n", "{%- set z = x | default('own') -%}  {{ z }}", "{%- set x = x | default('own') %}", "{% generation %}f{% endgeneration %}{% for i in [1, 2] %}{% break %}{% endfor %}",
 ]
 OTHER_DAY = datetime.datetime(2031, 2, 3)
 
