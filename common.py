@@ -401,8 +401,10 @@ def render_chat(tokenizer, messages, **options):
 
 TODAY = r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)"""  # transformers' function in a template
 DEFAULTS = "{# --chat-template-kwargs #}", "{# end of --chat-template-kwargs #}\n"  # render as ""
-# what transformers always defines, so that a default of it would never be read
-DEFINED = r"messages|tools|documents|add_generation_prompt|\w+_tokens?|raise_exception|strftime_now"
+ITS_OWN = (  # what transformers defines or keeps for itself, so that no default of it would be read
+    r"messages|tools|documents|add_generation_prompt|continue_final_message|\w+_tokens?"
+    "|raise_exception|strftime_now"
+)
 
 ASKED = "defined", "undefined", "default", "d"  # {% if enable_thinking is defined %}
 
@@ -454,7 +456,7 @@ def template_arguments(tokenizer):
         asked = [x.node for x in tree.find_all((nodes.Test, nodes.Filter)) if x.name in ASKED]
         is_set -= {node.name for node in asked if isinstance(node, nodes.Name)}
         names |= jinja2.meta.find_undeclared_variables(tree) - is_set
-    return sorted(name for name in names if not re.fullmatch(DEFINED, name))
+    return sorted(name for name in names if not re.fullmatch(ITS_OWN, name))
 
 
 def _switches(tokenizer):

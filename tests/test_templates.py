@@ -319,12 +319,12 @@ def test_every_switch_renders_as_if_it_were_passed(kind, tokenizer_of):
     ('{"enable_thinking": NaN}', "is not JSON"), ('{"enable_thinking": 1e999}', "is not JSON"), ("[" * 100_000, "is not JSON"),
     ('{"enable_thinkin": false}', "'enable_thinkin' is nothing that the chat template can be told; it can: enable_thinking"),
     *((f'{{"enable_thinking": true, "{name}": 1}}', f"{name!r} is nothing that the chat template can be told; it can: enable_thinking") for name in (
-        "messages", "tools", "documents", "add_generation_prompt", "bos_token", "raise_exception", "strftime_now", "m", "loop", "reply", "range", "true", "a b", "", "role",
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "raise_exception", "strftime_now", "m", "loop", "reply", "range", "true", "a b", "", "role",
     )),
 ])
 def test_arguments_that_a_template_cannot_be_told_are_refused(told, problem, tokenizer_of):
     tokenizer = tokenizer_of("Qwen3")
-    before = tokenizer.chat_template = "{{ bos_token }}{{ documents }}" + tokenizer.chat_template
+    before = tokenizer.chat_template = "{{ bos_token }}{{ documents }}{{ continue_final_message }}" + tokenizer.chat_template
     with pytest.raises(common.UserError) as error:
         common.set_template_kwargs(tokenizer, told)
     assert problem in str(error.value) and tokenizer.chat_template == before
