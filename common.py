@@ -339,18 +339,20 @@ def _chat_response(tokenizer, prompt, response, opening, tools, may_drop):
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
     whole = render_chat(tokenizer, prompt + response, tools=tools)
-    shared = len(os.path.commonprefix([opening, whole]))
-    if shared < len(opening):
+    shared, text = len(os.path.commonprefix([opening, whole])), whole[len(opening) :]
+    mark = re.search(r"[<[]think(ing)?[]>](?=\s*\Z)", opening, re.IGNORECASE)
+    opens, closes = (mark[0], f"{mark[0][0]}/{mark[0][1:]}") if mark else ("", "")
+    is_closed = may_drop or closes in text and not (opens and text.lstrip().startswith(opens))
+    if shared < len(opening) or not is_closed:
+        what = "a reply is not rendered as the chat so far and more"
+        what = "its prompt opens a thought that the reply does not go on with" if opens else what
         place = max(shared - 12, 0)  # with some of what both have
-        opens = re.search(r"[<[]think(ing)?[]>]\s*\Z", opening, re.IGNORECASE)
-        thought = ", a thought that the reply has not" if opens else ""
         raise ValueError(
-            "does not fit the chat template: a reply is not rendered as the chat so far and more, "
-            "so no model that goes on with the one could write the other: "
-            f"{opening[place:]!r} ends the prompt{thought}, and the whole has "
+            f"does not fit the chat template: {what}, so no model that goes on with the one could "
+            f"write the other: {opening[place:]!r} ends the prompt, and the whole has "
             f"{whole[place:][:40]!r}{_switches(tokenizer)}"
         )
-    text, words = whole[len(opening) :], response[-1]["content"].strip()
+    words = response[-1]["content"].strip()
     before = _opening(tokenizer, prompt + response[:-1], tools) if response[1:] else opening
     last_turn = len(before) - len(opening) if whole.startswith(before) else 0
     lost = _lost_words(text[last_turn:], response[-1])

@@ -135,6 +135,9 @@ KINDS = {
         switch=("enable_thinking", True, {True: dict(user="{}<|extra_0|>"), False: dict(user="/no_think{}<|extra_0|>")}),
     ),
     "Nemotron": dict(eos="<|eot|>", start="<s>", system="<|system|>{}<|eot|>", user="<|user|>{}<|eot|>", reply="<|assistant|>{}<|eot|>", opens="<|assistant|>", inline="drop", trim=True),
+    "Nemotron Nano": dict(
+        eos="<|eot|>", system="<|system|>{}<|eot|>", user="<|user|>{}<|eot|>", reply="<|assistant|>{}<|eot|>", last="<|assistant|><think>\n{}<|eot|>", opens="<|assistant|><think>\n",
+    ),
     "Kimi": dict(
         eos="<|im_end|>", default="You are Kimi.", system="<|im_system|>system<|im_middle|>{}<|im_end|>", user="<|im_user|>user<|im_middle|>{}<|im_end|>",
         reply="<|im_assistant|>assistant<|im_middle|>{}<|im_end|>", opens="<|im_assistant|>assistant<|im_middle|>",

@@ -135,7 +135,7 @@ def test_an_eos_within_the_words_of_a_response_cuts_nothing(words):
 @pytest.mark.parametrize("template, problem", [
     ("{{ raise_exception('roles must alternate') }}", "does not fit the chat template: roles must alternate"),
     ("{% if", "does not fit the chat template"),
-    (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "a reply is not rendered as the chat so far and more"),
+    (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "opens a thought that the reply does not go on with"),
     (None, "has no chat template; write plain strings"),
 ])
 def test_a_template_that_cannot_take_a_chat_is_named_with_file_and_line(tmp_path, template, problem):

@@ -31,7 +31,7 @@ CELLS = {
 
 # What is learned: (prompt, response) of each cell, written down by hand; a string is why there is none.
 LOST = "the template drops, from 'Hm Owl' on"
-OPENED = "ends the prompt, a thought that the reply has not"
+OPENED = "opens a thought that the reply does not go on with"
 NONE = "no system role"
 THINKS = "<think>\nHm\n</think>\n\nOwl"
 IM = "<|im_start|>"
@@ -153,6 +153,7 @@ TABLE = {
         ("<s><|user|>Ask<|eot|><|assistant|>", "Owl<|eot|>"), ("<s><|user|>Ask<|eot|><|assistant|>Owl<|eot|><|user|>More<|eot|><|assistant|>", "Cub<|eot|>"),
         ("<s><|system|>Sys<|eot|><|user|>Ask<|eot|><|assistant|>", "Owl<|eot|>"), LOST, LOST, ("<s><|user|>Ask<|eot|><|assistant|>Owl<|eot|><|user|>More<|eot|><|assistant|>", "Cub<|eot|>"),
     ],
+    "Nemotron Nano": [OPENED] * 6,  # a reply stands in the thought that is opened, and nothing closes it; or a second is opened
     "Kimi": [
         (f"{KIMI}<|im_user|>user<|im_middle|>Ask<|im_end|><|im_assistant|>assistant<|im_middle|>", "Owl<|im_end|>"),
         (f"{KIMI}<|im_user|>user<|im_middle|>Ask<|im_end|><|im_assistant|>assistant<|im_middle|>Owl<|im_end|><|im_user|>user<|im_middle|>More<|im_end|><|im_assistant|>assistant<|im_middle|>", "Cub<|im_end|>"),
