@@ -341,7 +341,7 @@ def _chat_response(tokenizer, prompt, response, opening, tools, may_drop):
     whole = render_chat(tokenizer, prompt + response, tools=tools)
     shared, text = len(os.path.commonprefix([opening, whole])), whole[len(opening) :]
     mark = re.search(r"[<[]think(ing)?[]>](?=\s*\Z)", opening, re.IGNORECASE)
-    opens, closes = (mark[0], f"{mark[0][0]}/{mark[0][1:]}") if mark else ("", "")
+    opens, closes = (mark[0], f"{mark[0][0]}/{mark[0][1:]}") if mark else ("", "")  # a thought
     is_closed = may_drop or closes in text and not (opens and text.lstrip().startswith(opens))
     if shared < len(opening) or not is_closed:
         what = "a reply is not rendered as the chat so far and more"
