@@ -36,8 +36,9 @@ class UserError(Exception):
 
 def is_out_of_memory(error):
     """Has a GPU, one of its libraries or the machine ("can't allocate memory") no memory left?"""
-    kinds, texts = (torch.OutOfMemoryError, MemoryError), "out of memory|ALLOC_FAILED|allocate memory"
-    return isinstance(error, kinds) or re.search(texts, str(error)) is not None
+    texts = "out of memory|ALLOC_FAILED|allocate memory"
+    is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_one or re.search(texts, str(error)) is not None
 
 
 # === Precision ====================================================================================
