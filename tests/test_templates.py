@@ -340,6 +340,16 @@ def test_a_template_that_knows_no_arguments_is_told_none(text, problem, tokenize
     assert problem in str(error.value)
 
 
+@pytest.mark.parametrize("text, names", [
+    ("{%- set x = x | default('own') %}{{ x }}", ["x"]), ("{{ messages[0].x }}{{ x(bos_token) if x is defined }}", ["x"]), ("{% if x is undefined %}{% set x = 1 %}{% endif %}", ["x"]),
+    ("{% for m in messages %}{% set x = m.y %}{% if m %}{% set x = 'a' %}{% endif %}{{ x }}{% endfor %}", []), ("x {# y #} {% macro x(y) %}{{ y }}{% endmacro %}{{ x(1) }}", []),
+])
+def test_what_a_template_can_be_told_is_what_it_reads_and_does_not_make_itself(text, names, tokenizer_of):
+    tokenizer = tokenizer_of("ChatML")
+    tokenizer.chat_template = text
+    assert common.template_arguments(tokenizer) == names
+
+
 def test_of_several_templates_each_is_told(tokenizer_of, tmp_path):
     tokenizer = tokenizer_of("ChatML")
     tokenizer.chat_template = several = {"default": "D{{ x }}{{ y }}", "tool_use": "T{{ x }}"}
