@@ -244,7 +244,7 @@ def score_responses(scorers, tokens, attention_mask, prompt_rows, responses):
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
-PIECE = 2**25  # numbers, 128 MB of float32: so many logits, and half a dozen copies, at a time
+PIECE = 2**25  # logits at a time, or a row's: 128 MB in float32, and half a dozen such copies
 
 
 class ValueHead(torch.nn.Linear):
@@ -290,7 +290,7 @@ def forward_responses(
         policy, inputs, attention_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
     )
     # Some rows at a time, and what backward needs of them is computed again there (checkpoint): of
-    # tensors as wide as the vocabulary only the logits and their gradient are ever whole.
+    # tensors as wide as the vocabulary only the logits, and in backward their gradients, are whole.
     num_rows = max(1, PIECE // (num_columns * output.logits.shape[-1]))
     pieces = zip(output.logits.split(num_rows), tokens[:, -num_columns:].split(num_rows))
     done = [
@@ -673,7 +673,7 @@ def main(cfg):
             norms = [clip_grad_norm_(m.parameters(), cfg.max_grad_norm) for m in trained.values()]
             steps[-1].update(dict(zip(trained, norms)))  # as they were before clipping
             if cfg.max_approx_kl is not None and steps[-1]["approx_kl"] > cfg.max_approx_kl:
-                break  # far enough from pi_old: without this step, and without the epochs left
+                break  # far enough from pi_old: without this step, and without those left
             if run.may_step(norms):  # finite: one bad batch is skipped, and is no reason to stop
                 optimizer.step()
         optimizer.zero_grad()  # the rollout can use the gradients' memory
