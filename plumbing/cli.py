@@ -268,8 +268,8 @@ def _explain(error):
     reason, step = (str(error).splitlines() or [""])[0], now_in["step"]
     when = f"in iteration {step}" if step else "before the first iteration"
     if "device-side assert" in reason:
-        return f"{now_in['phase']} failed {when}: an index was out of range on the GPU, or a number " \
-            "was not one; --device cpu says which line"
+        what = "an index was out of range on the GPU, or no number; --device cpu says where"
+        return f"{now_in['phase']} failed {when}: {what}"
     if is_out_of_memory(error):
         cfg, phase = now_in["cfg"], now_in["phase"]
         sizes = " ".join(f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg)

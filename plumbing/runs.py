@@ -107,7 +107,8 @@ class Run:
         if of_device is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(of_device, self.device)
         elif (of_device is not None) != (self.device.type == "cuda"):
-            print("  another kind of device than before: what draws there draws other random numbers")
+            what = "what is drawn there, under --compile, has other random numbers"
+            print(f"  another kind of device than before: {what}")
         print(f"  resumed after {self.done} iterations")
 
     def start(self):
