@@ -421,7 +421,7 @@ def set_template_kwargs(tokenizer, text):
     flag = f"--chat-template-kwargs {text}"
     try:
         kwargs = json.loads(text)
-        json.dumps(kwargs, allow_nan=False)  # Jinja can write neither NaN nor Infinity
+        json.dumps(kwargs, allow_nan=False, ensure_ascii=False).encode()  # Jinja can write all else
         known = template_arguments(tokenizer)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{flag} is not JSON: {error}") from None

@@ -194,9 +194,9 @@ def main(cfg):
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
     source, made_by = run.source or cfg.model, "python sft.py"  # a checkpoint has its own copy
-    source = source if cfg.lora_rank is None else cfg.model  # adapters are put onto their base
     options = {"trust_remote_code": cfg.trust_remote_code}
     tokenizer = common.load_tokenizer(source, made_by, **cfg.of_tokenizer)
+    source = source if cfg.lora_rank is None else cfg.model  # adapters are put onto their base
     model, head_is_new = common.load_scalar_model(source, tokenizer, made_by, **options)
     if head_is_new:  # --model was a causal LM
         init_head(model)

@@ -161,11 +161,12 @@ def evaluate(model, examples, microbatch_size, pad_id):
 
 # === Main loop ====================================================================================
 def load_model(cfg, source, rows):
-    """(model, tokenizer) of a folder or hub id; if there is none, tiny and from scratch."""
-    trust = cfg.trust_remote_code
+    """(model, tokenizer) of a checkpoint or --model; if there is none, tiny and from scratch."""
+    trust, source = cfg.trust_remote_code, source or cfg.model
     if source is not None:
         tokenizer = common.load_tokenizer(source, **cfg.of_tokenizer)
-        return common.load_causal_lm(source, tokenizer, trust_remote_code=trust), tokenizer
+        base = source if cfg.lora_rank is None else cfg.model  # adapters are put onto their base
+        return common.load_causal_lm(base, tokenizer, trust_remote_code=trust), tokenizer
     texts = [row[key] for row in rows for key in ("prompt", "completion", "text") if key in row]
     tokenizer = tiny_model.train_tokenizer([text for text in texts if isinstance(text, str)])
     if cfg.chat_template_kwargs is not None:
@@ -183,8 +184,7 @@ def main(cfg):
 
     # -- setup: data, tokenizer, model, optimizer
     rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
-    source = run.source if cfg.lora_rank is None else None  # a checkpoint's; adapters: their base
-    model, tokenizer = load_model(cfg, source or cfg.model, rows)  # float32, no dropout
+    model, tokenizer = load_model(cfg, run.source, rows)  # float32, no dropout
     adapters.add(model, cfg.lora_rank, cfg.model)
     pad_id, eos_ids = tokenizer.pad_token_id, model.generation_config.eos_token_id
     encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)

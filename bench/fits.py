@@ -147,6 +147,8 @@ def load_models(cfg):
         if ".py" in spec:
             return Scorer()  # a function
         model, _ = common.load_classifier(spec, **options)
+        if not common.has_token_head(model):
+            raise UserError(f"{spec} reads no tokens of the policy's; only such reward models do")
         return TokenScorer(spec, model.requires_grad_(False), microbatch_size)
 
     def load_weights(auto_class, path, made_by, config, options):

@@ -173,6 +173,21 @@ def test_evenly_spread_numbers_draw_each_token_as_often_as_its_probability_says(
     assert len(found) == size and ((found - probability).abs() <= (1.01 * (of_block + probability / of_block) + 1 / 512) / 512).all()
 
 
+def test_there_are_as_many_columns_as_the_longest_response_has_tokens():
+    """Who has ended is read every fourth token only; what is sampled between is not handed out."""
+    model, widths = tiny_lm(), set()
+    model.generation_config.eos_token_id = [1, 2, 3]
+    for seed in range(12):
+        torch.manual_seed(seed)
+        response, logprobs = common.generate_responses(model, *common.pad([[9, 9], [10]], 0, "left"), 9, 1.0)
+        is_eos = (response >= 1) & (response <= 3)
+        lengths = [row.index(True) + 1 if any(row) else 9 for row in is_eos.tolist()]
+        assert response.shape == logprobs.shape == (2, max(lengths))
+        assert all((response[i, n:] == 0).all() and (logprobs[i, n:] == 0).all() for i, n in enumerate(lengths))
+        widths.add(max(lengths))
+    assert len(widths) > 2 and widths - {4, 8, 9}
+
+
 def test_logits_that_are_not_finite_are_not_sampled_from():
     for bad in (math.nan, math.inf):
         model = tiny_lm()

@@ -445,7 +445,7 @@ def test_three_gradients_in_a_row_that_are_not_finite_end_the_run_two_do_not(sta
             parameters = list(parameters)
             step = len(calls) // models
             calls.append(None)
-            if step < bad or step == 4:  # two, then two good ones, then another
+            if (step < bad or step == 4) and len(calls) % models == 1 % models:  # two, then two good ones, then another; of the policy alone
                 parameters[0].grad.fill_(float("nan"))
             return clip(parameters, most)
 

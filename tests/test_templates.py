@@ -1,5 +1,7 @@
 """Chat templates of today's kinds: what is learned of a chat, what they are told by --chat-template-kwargs, and their date."""
 
+import shutil
+import types
 import copy
 import datetime
 import itertools
@@ -495,3 +497,19 @@ def test_what_the_first_stage_is_told_holds_to_the_last(name, tokenizer_of, tmp_
     result = AutoTokenizer.from_pretrained(folder("ppo"))
     assert result.init_kwargs.get("rendered_on") == DAY and result.chat_template == AutoTokenizer.from_pretrained(folder("sft")).chat_template
     assert result.chat_template.endswith(template(kind)) and len(read_rows(folder("ppo") / "metrics.jsonl")) >= 3
+
+
+def test_adapters_that_resume_keep_the_tokenizer_of_their_checkpoint_and_the_weights_of_their_base(world, tmp_path):
+    shutil.copytree(world / "sft", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "model.safetensors").unlink()
+    path = tmp_path / "checkpoint" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rendered_on": "2024-07-04"}))
+    cfg = sft.Config(model=str(world / "sft"), lora_rank=2)
+    model, tokenizer = sft.load_model(cfg, str(tmp_path / "checkpoint"), [])
+    assert tokenizer.init_kwargs["rendered_on"] == "2024-07-04" and model.num_parameters() > 0
+
+
+def test_half_a_character_is_no_value():
+    tokenizer = types.SimpleNamespace(chat_template="{{ mood }}")
+    with pytest.raises(common.UserError, match="is not JSON"):
+        common.set_template_kwargs(tokenizer, '{"mood": "\\ud800"}')
