@@ -55,7 +55,7 @@ Run       python ppo.py --policy ckpt/sft                                       
           python ppo.py --policy ckpt/sft --prompts mine.jsonl --reward mine.py:reward
           python ppo.py --policy ckpt/sft --reward ckpt/reward_model mine.py:length_penalty
 Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, trainer_state/ (for --resume),
-          args.json, metrics.jsonl, samples.jsonl
+          args.json, metrics.jsonl, samples.jsonl; with --lora-rank also adapter/
 """
 
 import plumbing  # first: Ctrl-C while torch loads is no traceback
@@ -539,7 +539,7 @@ def load_models(cfg, tokenizer, rows, device):
     options = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": attention}
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
-    if cfg.lora_rank is None:  # so that no two models stand in the host's memory for long
+    if cfg.lora_rank is None:  # out of the host's memory, before the next model is read
         policy.to(device)
     ref_policy = adapters.twin(policy, cfg.lora_rank).requires_grad_(False)
     load = lambda spec: load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options)

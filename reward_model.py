@@ -32,7 +32,7 @@ Data      {"prompt": ..., "chosen": ..., "rejected": ...}, strings or message li
           without a prompt the others are whole dialogues, and what both begin with is the prompt
 Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one label) with
           reward_mean and reward_std in its config, args.json and metrics.jsonl; until the run is
-          finished also trainer_state/ (for --resume)
+          finished also trainer_state/ (for --resume); with --lora-rank adapter/ too
 """
 
 import plumbing  # first: Ctrl-C while torch loads is no traceback

@@ -26,7 +26,7 @@ Run       python sft.py                                            a tiny model 
           python sft.py --model Qwen/Qwen2.5-0.5B --data mine.jsonl --epochs 1
 Data      {"prompt": str, "completion": str}, {"messages": [...]} or {"text": str}, one row a line
 Writes    ckpt/sft: the policy as a Hugging Face folder, args.json and metrics.jsonl; until the run
-          is finished also trainer_state/ (for --resume)
+          is finished also trainer_state/ (for --resume); with --lora-rank adapter/ too
 """
 
 import plumbing  # first: Ctrl-C while torch loads is no traceback

@@ -15,7 +15,6 @@ use because it lies in pieces. ROOM is left for them.
 """
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import pathlib
@@ -28,7 +27,6 @@ from unittest import mock
 
 import iteration
 import torch
-import transformers
 from iteration import Shape
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +48,8 @@ MODELS = {  # the latter are Qwen2.5-0.5B, Llama-3.2-1B and 3B, Llama-3.1-8B
 }
 CARDS = (12, 16, 24, 48, 80)  # GB
 COLUMNS = (  # of the table
-    "weights", "gradients", "Adam's moments", "key-value cache", "activations", "rollout", "backward"
+    "weights", "gradients", "Adam's moments", "key-value cache", "activations", "rollout",
+    "backward",
 )
 ROOM = lambda card: max(0.08 * card, 1.5)  # of a card, in GB
 

@@ -160,7 +160,7 @@ class Run:
         return self.seconds
 
     def may_step(self, norms):
-        """Are the gradients' norms, (1,) each, finite? Else the step is skipped; three in a row end
+        """Are the gradients' norms, scalar tensors, finite? Else the step is skipped; three in a row end
         the run.
         """
         self.phase("optimizer step")  # it comes next

@@ -88,7 +88,7 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(world, tmp_path):
         assert run.returncode == 0, run.stderr
         kls[beta] = [row["kl_k3"] for row in read_rows(tmp_path / beta / "metrics.jsonl") if "split" not in row]
     ended = {beta: sum(values[-8:]) / 8 for beta, values in kls.items()}  # of 24 responses each: noisy
-    assert ended["1.0"] < 0.5 * kls["1.0"][0] and ended["1.0"] < 0.75 * ended["0"], kls
+    assert ended["1.0"] < 0.5 * kls["1.0"][0] and ended["1.0"] < 0.6 * ended["0"], kls
 
 
 def test_both_patches_fit_together(world, tmp_path):

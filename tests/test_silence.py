@@ -422,7 +422,7 @@ def test_a_rewards_workers_end_with_their_pool_and_stop_no_run(world, tmp_path):
     )
     flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'pool.py'}:f", "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl",
              "--iterations", 2, "--batch-size", 8, "--minibatch-size", 8, "--response-length", 8, "--output", tmp_path / "out", "--device", "cpu"]
-    run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=180)
+    run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "stopping after" not in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 
@@ -430,7 +430,7 @@ def test_a_reward_that_closes_the_output_is_no_error(world, tmp_path):
     (tmp_path / "shut.py").write_text("import sys\ndef f(prompts, responses, rows):\n    sys.stdout.close()\n    return [1.0 * len(r) for r in responses]\n")
     flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'shut.py'}:f", "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl",
              "--iterations", 1, "--batch-size", 8, "--minibatch-size", 8, "--response-length", 8, "--output", tmp_path / "out", "--device", "cpu"]
-    run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=180)
+    run = subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, flags)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "Traceback" not in run.stderr and (tmp_path / "out" / "model.safetensors").exists(), run.stderr
 
 
