@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from transformers import LlamaConfig
 
@@ -107,5 +108,5 @@ def test_bad_flags_end_in_one_line(flags, words, capsys):
 def test_the_models_are_as_large_as_their_names():
     for name, billions in {"0.5B": 0.494, "1B": 1.236, "3B": 3.213, "8B": 8.030}.items():
         with torch.device("meta"):
-            model = fits.transformers.AutoModelForCausalLM.from_config(fits.iteration.model_config(dataclasses.replace(fits.MODELS[name])))
+            model = transformers.AutoModelForCausalLM.from_config(fits.iteration.model_config(dataclasses.replace(fits.MODELS[name])))
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.002)
