@@ -257,12 +257,11 @@ def token_logprobs(logits, tokens, temperature, with_entropy):
     The sampler divided the logits by the temperature, so every log-probability does, the
     reference's too: the policy that is optimised is the tempered one, and its KL starts at 0.
     """
-    logits = logits.float() / temperature
-    normalizer = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, tokens[..., None]).squeeze(-1) - normalizer
+    all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
+    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
     if not with_entropy:
         return logprobs, torch.zeros_like(logprobs)
-    return logprobs, normalizer - (logits.softmax(-1) * logits).sum(-1)
+    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
 
 
 def forward_responses(
