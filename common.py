@@ -17,6 +17,7 @@ from functools import partial
 import jinja2.meta
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import nodes
 from torch.nn.utils.rnn import pad_sequence
@@ -146,6 +147,21 @@ def forward(model, tokens, attention_mask, **options):
         )
 
 
+# === Several processes ============================================================================
+# Under torchrun each process has the models and the whole batch, takes its share of the rows through
+# them, and writes what comes out into its rows of a tensor of zeros: the sum of all is the whole.
+def share(rows):
+    """This process's part of rows, a list or a tensor: every n-th of them; alone, all."""
+    return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def total(tensor):
+    """The sum of the tensors that all processes call this with, in place and on each of them."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 # === Padding and batches ==========================================================================
 def pad(sequences, pad_id, side):
     """Lists of token ids as tokens (B, T) int64 and attention_mask (B, T) bool.
@@ -184,14 +200,15 @@ def epochs_by_length(lengths, batch_size, generator):
 
 
 def parts_by_length(attention_mask, index, size):
-    """Parts of up to `size` rows, each with the columns that it needs.
+    """Parts of up to `size` rows, each with the columns that it needs; of several processes each
+    has its own.
 
     Args:
         attention_mask: (B, T), best on the CPU, where reading it makes nobody wait.
         index: the rows that are wanted, int64 on the CPU.
 
     Yields:
-        rows: indices (b,), all of `index` in order of length, prompt and response together.
+        rows: indices (b,) of `index` in order of length, prompt and response together.
         columns: the slice of the T columns from the first attended one to the last.
 
     What is left out is padding, which no result depends on; what stays is the longest prompt of the
@@ -200,7 +217,8 @@ def parts_by_length(attention_mask, index, size):
     """
     attention_mask = attention_mask.cpu()
     by_length = attention_mask[index].sum(1).argsort(stable=True)
-    for rows in index[by_length].split(size):
+    mine = share(index[by_length])
+    for rows in mine.split(size) if len(mine) else ():
         first, last = attention_mask[rows].any(0).nonzero()[[0, -1], 0].tolist()
         yield rows, slice(first, last + 1)
 
@@ -848,13 +866,15 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
-    response = prompts.new_full((len(prompts), response_length), settings.pad_token_id)  # (B, R)
+    response = prompts.new_zeros(len(prompts), response_length)  # (B, R)
     logprobs = torch.zeros_like(response, dtype=torch.float32)
     uniform = torch.randint(2**31, (*response.shape, 2)).to(prompts.device)  # drawn on the CPU
     is_state = "cache_params" in inspect.signature(model.forward).parameters
-    rows = torch.arange(len(prompts), device=prompts.device)  # which are in the batch, (b,)
+    num_open = torch.zeros_like(response[0])  # rows that have not ended, (R,)
+    rows = share(torch.arange(len(prompts), device=prompts.device))  # which are in the batch, (b,)
     is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
-    cache, inputs, mask, num_columns = GrowingCache(config=model.config), prompts, prompt_mask, 0
+    response[rows] = settings.pad_token_id
+    cache, inputs, mask = GrowingCache(config=model.config), prompts[rows], prompt_mask[rows]
     as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     with autocast(model):  # all steps share one bf16 copy of the matrices
@@ -867,7 +887,7 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
             tokens, logprob = sample_tokens(output.logits[:, -1], temperature, uniform[rows, t])
             tokens = torch.where(is_open, tokens, settings.pad_token_id)
             response[rows, t], logprobs[rows, t] = tokens, torch.where(is_open, logprob, 0.0)
-            num_columns += is_open.any()  # R: the others have ended
+            num_open[t] = is_open.sum()
             is_open = is_open & ~torch.isin(tokens, eos_ids)
             inputs, mask = tokens[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             left = is_open.nonzero()[:, 0] if t % 4 == 3 else rows
@@ -877,9 +897,10 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
                 cache.reorder_cache(left)  # recurrent states too
                 rows, inputs, mask, is_open = (x[left] for x in (rows, inputs, mask, is_open))
     model.train(training)
-    if not logprobs.isfinite().all():
+    if not total(logprobs).isfinite().all():
         raise FloatingPointError("the logits are not finite")
-    return response[:, :num_columns], logprobs[:, :num_columns]
+    num_columns = total(num_open).count_nonzero()  # R: in the others all have ended
+    return total(response)[:, :num_columns], logprobs[:, :num_columns]
 
 
 @torch.no_grad()

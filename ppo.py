@@ -74,7 +74,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import UserError
-from plumbing import adapters, cli, metrics, report
+from plumbing import adapters, cli, metrics, processes, report
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.rows import load_prompts
 from plumbing.runs import Run
@@ -330,7 +330,7 @@ def evaluate_tokens(
         logprobs, values, entropy = forward_responses(policy, critic, *inputs, with_entropy=True)
         ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
         results[:, part, :width] = torch.stack([logprobs, ref_logprobs, values, entropy])
-    return results.unbind()
+    return common.total(results).unbind()
 
 
 # === 4. Rewards: eqs. 1 and 8 =====================================================================
@@ -669,6 +669,7 @@ def main(cfg):
                 losses, entropies = (policy_losses, value_losses), new_entropy[at]
                 total_loss(*losses, entropies, *counts, cfg.value_coef, cfg.entropy_coef).backward()
                 steps[-1].update(update_statistics(*losses, ratio, *counts, cfg.clip_eps))
+            steps[-1] = processes.add_up(trained.values(), steps[-1])  # and all gradients
             norms = [clip_grad_norm_(m.parameters(), cfg.max_grad_norm) for m in trained.values()]
             steps[-1].update(dict(zip(trained, norms)))  # as they were before clipping
             if cfg.max_approx_kl is not None and steps[-1]["approx_kl"] > cfg.max_approx_kl:
@@ -682,7 +683,6 @@ def main(cfg):
         row = metrics.ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
         kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg)
         schedule.step()
-        # -- log, evaluate, save
         run.log(row, metrics.PPO_BAR, metrics.health_warnings)
         if cfg.explain and (iteration == 1 or run.is_due(cfg.eval_every)):
             run.bar.write(metrics.explain_response(tokenizer, batch, rewards, advantages))

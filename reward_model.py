@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from plumbing import adapters, cli, report
+from plumbing import adapters, cli, processes, report
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.folders import checkpoints
 from plumbing.rows import convert, preference, read_and_hold_out, too_long
@@ -121,12 +121,13 @@ def preference_loss(chosen_scores, rejected_scores):
 def score_pairs(model, pairs, microbatch_size, pad_id, desc=None):
     """Chosen and rejected scores of all pairs, (N,) float32 each, on the CPU, in their order."""
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))  # little padding
-    parts = []  # [chosen (b,), rejected (b,)] each
+    order = common.share(order)  # under torchrun
+    scores = torch.zeros(2, len(pairs), device=model.device)
     for start in tqdm(range(0, len(order), microbatch_size), desc=desc, leave=False):
-        micro = [pairs[i] for i in order[start : start + microbatch_size]]
-        parts.append([scores.cpu() for scores in pair_scores(model, micro, pad_id)])
-    in_order = torch.tensor(order).argsort()  # back from the order of length
-    return [torch.cat(scores)[in_order] for scores in zip(*parts)]
+        rows = order[start : start + microbatch_size]
+        micro = [pairs[i] for i in rows]
+        scores[:, rows] = torch.stack(pair_scores(model, micro, pad_id))
+    return common.total(scores).cpu().unbind()
 
 
 def accuracy(better, worse):
@@ -175,8 +176,9 @@ def read_back(run, model, tokenizer, eval_pairs, expected, cfg):
     Returns the largest difference. The run is finished only if there is none to speak of.
     """
     folder = checkpoints(run.folder)[-1]
-    model.config.to_json_file(folder / "config.partial")  # where PPO will find the scale
-    os.replace(folder / "config.partial", folder / "config.json")  # whole or not at all
+    if processes.RANK == 0:
+        model.config.to_json_file(folder / "config.partial")  # where PPO will find the scale
+        os.replace(folder / "config.partial", folder / "config.json")  # whole or not at all
     options = {"trust_remote_code": cfg.trust_remote_code}
     saved, _ = common.load_scalar_model(str(folder), tokenizer, **options)
     common.place(saved.requires_grad_(False), run.device, cfg.dtype)
@@ -222,14 +224,16 @@ def main(cfg):
     batches = common.epochs_by_length(lengths, cfg.batch_size, generator)
     for step, index in run.steps(batches, num_steps):
         run.phase("backward")
-        loss, num_right = 0.0, 0
-        for start in range(0, len(index), cfg.microbatch_size):  # same gradient, less memory
-            micro = [pairs[i] for i in index[start : start + cfg.microbatch_size]]
+        loss, num_right, mine = 0.0, 0, common.share(index)  # under torchrun
+        for start in range(0, len(mine), cfg.microbatch_size):  # same gradient, less memory
+            micro = [pairs[i] for i in mine[start : start + cfg.microbatch_size]]
             chosen, rejected = pair_scores(model, micro, pad_id)  # (b,) each
             micro_loss = preference_loss(chosen, rejected).sum() / len(index)  # divided once
             micro_loss.backward()  # gradients add up
             loss += micro_loss.item()  # in nats per pair
             num_right += (chosen > rejected).sum().item()
+        sums = {"loss": loss, "right": num_right}
+        sums = processes.add_up([model], sums)  # and all gradients
         grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
             optimizer.step()
@@ -240,8 +244,8 @@ def main(cfg):
         # -- log, save
         row = {
             "iteration": step,
-            "loss": loss,  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
-            "accuracy": num_right / len(index),  # of pairs not yet seen, in epoch 1; from 0.5 up
+            "loss": sums["loss"],  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
+            "accuracy": sums["right"] / len(index),  # of pairs not yet seen, in epoch 1; from 0.5 up
             "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
             "lr": lr,  # up, then down
         }

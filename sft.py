@@ -41,7 +41,7 @@ from torch.nn.utils import clip_grad_norm_
 import common
 from common import UserError
 from data import tiny_model
-from plumbing import adapters, cli, report
+from plumbing import adapters, cli, processes, report
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.rows import convert, read_and_hold_out, too_long
 from plumbing.runs import Run, adamw_with_cosine
@@ -152,11 +152,13 @@ def evaluate(model, examples, microbatch_size, pad_id):
     """Mean loss per completion token of held-out examples, in nats; its exp is the perplexity."""
     total_nll, num_tokens = 0.0, 0  # sums over all, divided once
     examples = sorted(examples, key=lambda example: len(sum(example, [])))  # little padding
+    examples = common.share(examples)  # under torchrun
     for start in range(0, len(examples), microbatch_size):
         batch = collate(examples[start : start + microbatch_size], pad_id)
         total_nll += completion_nll(model, *(x.to(model.device) for x in batch)).item()
         num_tokens += batch[2].sum().item()  # True in completion_mask
-    return total_nll / num_tokens
+    sums = processes.add_up([], {"nll": total_nll, "tokens": num_tokens})
+    return sums["nll"] / sums["tokens"]
 
 
 # === Main loop ====================================================================================
@@ -210,12 +212,13 @@ def main(cfg):
         run.phase("backward")
         batch = [examples[i] for i in index]  # of like length
         num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
-        loss = 0.0
-        for start in range(0, len(batch), cfg.microbatch_size):  # same gradient, less memory
-            micro = collate(batch[start : start + cfg.microbatch_size], pad_id)
+        loss, mine = 0.0, common.share(batch)  # under torchrun
+        for start in range(0, len(mine), cfg.microbatch_size):  # same gradient, less memory
+            micro = collate(mine[start : start + cfg.microbatch_size], pad_id)
             nll = completion_nll(model, *(x.to(run.device) for x in micro))  # a sum, in nats
             (nll / num_tokens).backward()  # gradients add up
             loss += nll.item() / num_tokens
+        loss = processes.add_up([model], {"loss": loss})["loss"]  # and all gradients
         grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
             optimizer.step()

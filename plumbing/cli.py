@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from common import UserError, is_out_of_memory
+from plumbing import processes
 
 DATA = pathlib.Path(__file__).resolve().parent.parent / "data"  # the embedded world
 flag_of = lambda name: "--" + name.replace("_", "-")  # --max-grad-norm of max_grad_norm
@@ -166,7 +167,7 @@ def pick_device(name):
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} is not known; use auto, cpu, cuda or cuda:1")
     try:
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=processes.device_of(name)).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name} can't be used: {reason}") from None
@@ -238,10 +239,12 @@ def command_line():
     now_in.update(phase="loading", step=0, cfg=None)
     at_error.clear()
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Deaf, streams)
+    quiet = [open(os.devnull, "w")] * 2 if processes.RANK > 0 else streams
+    sys.stdout, sys.stderr = map(_Deaf, quiet)
     try:
         try:
             yield
+            processes.part()
         except (RuntimeError, MemoryError, FloatingPointError) as error:
             if not is_out_of_memory(error):
                 at_error.clear()  # who knows what state the models are in
@@ -250,7 +253,10 @@ def command_line():
         done = ""
         with contextlib.suppress(UserError, RuntimeError):
             done = "".join(function() for function in at_error)
-        print(f"{script}: error: {' '.join(f'{error}{done}'.split())}", file=sys.stderr)
+        if processes.may_speak():
+            which = f" (process {processes.RANK})" if processes.RANK > 0 else ""
+            text = " ".join(f"{script}: error{which}: {error}{done}".split())
+            print(text, file=_Deaf(streams[1]))
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -270,6 +276,9 @@ def _explain(error):
     if "device-side assert" in reason:
         what = "an index was out of range on the GPU, or no number; --device cpu says where"
         return f"{now_in['phase']} failed {when}: {what}"
+    if processes.is_lost(error):
+        how = f"the last checkpoint is whole: {resume_command(now_in['cfg'])}"
+        return f"another process of the run has ended {when}; {how}"
     if is_out_of_memory(error):
         cfg, phase = now_in["cfg"], now_in["phase"]
         sizes = " ".join(f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg)
@@ -292,4 +301,7 @@ def stop_at_once():
 
 def resume_command(cfg):
     """What the user types to go on with the run."""
-    return f"python {pathlib.Path(sys.argv[0]).name} --resume --output {shlex.quote(cfg.output)}"
+    nodes = processes.COUNT // processes.LOCAL_COUNT
+    many = f"--nproc-per-node {processes.LOCAL_COUNT} " + (f"--nnodes {nodes} ... " * (nodes > 1))
+    start = f"torchrun {many}" if processes.IS_TORCHRUN else "python "
+    return f"{start}{pathlib.Path(sys.argv[0]).name} --resume --output {shlex.quote(cfg.output)}"

@@ -22,7 +22,7 @@ import torch
 
 import common
 from common import UserError, is_out_of_memory
-from plumbing import adapters, cli
+from plumbing import adapters, cli, processes
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 VALUE_HEAD = "value_head.safetensors"  # of a critic that is no model of transformers
@@ -32,6 +32,8 @@ CHECKPOINT = r"checkpoint-\d+(\.partial)?"
 def claim(cfg):
     """The folder of --output, locked until the end, if this run may write it; else a UserError."""
     output, folder = f"--output {cfg.output}", pathlib.Path(os.path.realpath(cfg.output))
+    if processes.RANK > 0:  # rank 0 looks
+        return folder
     if pathlib.Path(cfg.output).name in ("", ".."):
         raise UserError(f"--output {cfg.output!r} is no name for a new folder")
     read = [getattr(cfg, name, None) for name in ("model", "policy")]

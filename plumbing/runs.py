@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from common import UserError
-from plumbing import adapters, cli, folders
+from plumbing import adapters, cli, folders, processes
 
 # The flags that --resume may be given anew. They change nothing but rounding: another device, and
 # in bf16 another micro-batch; another device also has other random numbers.
@@ -54,6 +54,7 @@ class Run:
         """
         set_seed(cfg.seed)
         self.cfg, self.device = cfg, cli.pick_device(cfg.device)
+        processes.meet(cfg, self.device)
         cli.warn_of_bf16(cfg, self.device)
         self.step, self.history, self.signal, self.warned = 0, [], None, set()
         self.num_skipped, self.skipped_in_a_row = 0, 0
@@ -70,6 +71,7 @@ class Run:
         self.keep_state, may_change = num_steps is not None, {*MAY_CHANGE, *may_change}
         if cfg.resume:
             self.source, self.state = folders.read_state(self.folder, cfg, may_change)
+        processes.agree(0)  # all have read it, before rank 0 writes
         self.done, self.kept = self.state.get("step", 0), self.state.get("kept", {})
         if self.source and (not self.done or self.keep_state and self.done >= num_steps):
             if self.source != self.folder:  # killed just before its end
@@ -110,9 +112,16 @@ class Run:
             what = "what is drawn there, under --compile, has other random numbers"
             print(f"  another kind of device than before: {what}")
         print(f"  resumed after {self.done} iterations")
+        before = state.get("processes", 1)
+        if before != processes.COUNT:
+            what = "sums of as many parts are rounded in another way"
+            print(f"  {processes.COUNT} processes, {before} before: {what}")
 
     def start(self):
         """The folder with its logs: new, or as they were at the checkpoint."""
+        self.writer = None
+        if processes.RANK > 0:  # its log is nowhere
+            return
         if not self.done:  # a new run, --overwrite, or nothing was saved before
             folders.clear(self.folder, self.cfg)
         else:
@@ -121,7 +130,7 @@ class Run:
             folders.write_args(self.folder, self.cfg, folders.written(self.folder))
             lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             self.history = [row for row in map(json.loads, lines) if "split" not in row]
-        self.state, self.writer = {}, None  # the optimizer has its own copies
+        self.state = {}  # the optimizer has its own copies
         if self.cfg.tensorboard:
             self.writer = self.tensorboard.SummaryWriter(self.folder / "tensorboard")
 
@@ -129,9 +138,14 @@ class Run:
         """(step, batch) of all steps to do; the batches of those done are drawn and left out."""
 
         def ask_to_stop(number, frame):  # Ctrl-C or SIGTERM; the second one stops at once
-            cli.stop_at_once()
+            if processes.IS_TORCHRUN:  # which sends a second one itself, and a kill after 30 s
+                told = b"\nstopping after this iteration\n"
+            else:
+                cli.stop_at_once()
+                told = b"\nstopping after this iteration; once more stops at once\n"
+            if self.signal is None and processes.RANK == 0:
+                os.write(2, told)
             self.signal = number
-            os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
@@ -144,10 +158,10 @@ class Run:
             self.seconds.clear()
             self.num_skipped, self.entered = 0, ("step", time.perf_counter())
             yield self.step, batch
-            if self.signal and self.step < num_steps:
+            if self.stopping and self.step < num_steps:
                 self.bar.close()
                 print(f"\nstopped; to go on: {cli.resume_command(self.cfg)}", file=sys.stderr)
-                sys.exit(128 + self.signal)
+                sys.exit(128 + self.stopping)
         cli.stop_at_once()
 
     def phase(self, name):
@@ -207,6 +221,8 @@ class Run:
         """Add a row to a log; a number that is not finite becomes null."""
         is_nan = lambda value: isinstance(value, float) and not math.isfinite(value)
         row = {key: None if is_nan(value) else value for key, value in row.items()}
+        if processes.RANK > 0:
+            return
         try:
             with open(self.folder / name, "a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -229,15 +245,18 @@ class Run:
     def save_if_due(self, **kept):
         """A checkpoint every --save-every steps, at the last, and before a stop."""
         self.latest = kept
-        if self.is_due(self.cfg.save_every) or self.signal:
+        self.stopping = processes.agree(self.signal or 0)  # one may have the signal before another
+        if self.is_due(self.cfg.save_every) or self.stopping:
             self.save(self.step, self.random_states())
 
     def save(self, step, random_states):
         """A checkpoint of `step` steps."""
         self.phase("checkpoint")
+        if processes.RANK > 0:
+            return
         state = random_states | {
             "args": dataclasses.asdict(self.cfg), "step": step, "kept": self.latest,
-            "inputs": self.inputs,
+            "inputs": self.inputs, "processes": processes.COUNT,
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
         }
         folders.write_checkpoint(self.folder, self.cfg, self.models, self.tokenizer, state)
@@ -245,7 +264,7 @@ class Run:
     def rescue(self):
         """What an error may end before the models have changed in a step is saved first."""
         before, phases = self.step - 1, ("rollout", "score", "log-probabilities")
-        if before <= self.done or self.entered[0] not in phases:
+        if before <= self.done or self.entered[0] not in phases or processes.RANK > 0:
             return ""
         saved = folders.checkpoints(self.folder)
         if not saved or saved[-1].name != f"checkpoint-{before}":
@@ -254,7 +273,8 @@ class Run:
 
     def finish(self):
         """The newest checkpoint's files come to lie in the folder itself."""
-        folders.finish(self.folder, self.cfg, self.keep_state)
+        if processes.RANK == 0:
+            folders.finish(self.folder, self.cfg, self.keep_state)
 
 
 def adamw_with_cosine(cfg, model, lr_by_size, num_steps):

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import common
 from common import UserError
-from plumbing import cli
+from plumbing import cli, processes
 
 
 HOME = pathlib.Path(__file__).resolve().parent.parent  # this project
@@ -87,7 +87,14 @@ class FunctionScorer(Scorer):
             sys.modules.update(ours)
 
     def __call__(self, tokens, attention_mask, rows, responses):
-        """What the function says, as it is, checked to be one finite number per response."""
+        """What the function says, as it is. It may look at all rows, so rank 0 asks it of all."""
+        scores = torch.zeros(len(rows), device=tokens.device)
+        if processes.RANK == 0:
+            scores += torch.tensor(self.ask(rows, responses), device=tokens.device)
+        return common.total(scores)
+
+    def ask(self, rows, responses):
+        """A list of floats, checked to be one finite number per response."""
         its_rows = copy.deepcopy(rows)  # what it does to them stays its own
         try:
             with self.at_home():
@@ -116,7 +123,7 @@ class FunctionScorer(Scorer):
             if not is_number:
                 where = f"for prompt {row['prompt']!r} and response {response!r}"
                 raise UserError(f"{self.name} returned {score!r}, not a finite number, {where}")
-        return torch.tensor([float(score) for score in scores], device=tokens.device)
+        return [float(score) for score in scores]
 
 
 class TokenScorer(Scorer):
@@ -136,7 +143,7 @@ class TokenScorer(Scorer):
             part = part.to(tokens.device)
             inputs = tokens[part, columns], attention_mask[part, columns]  # (b, T)
             scores[part] = common.text_scores(self.model, *inputs)
-        return _finite(scores, self.spec)
+        return _finite(common.total(scores), self.spec)
 
 
 class TextScorer(Scorer):
@@ -199,9 +206,11 @@ class TextScorer(Scorer):
             raise UserError(f"{self.spec} can't read the prompts: a row {error}") from error
         inputs = [self.fit(each) for each in inputs]
         longest = max(len(each["input_ids"]) for each in inputs)
-        scores, (mean, deviation) = [], common.score_scale(self.model.config)
-        for start in range(0, len(inputs), self.microbatch_size):
-            some = inputs[start : start + self.microbatch_size]
+        scores = torch.zeros(len(inputs), device=self.model.device)
+        mine, (mean, deviation) = common.share(range(len(inputs))), common.score_scale(self.model.config)
+        for start in range(0, len(mine), self.microbatch_size):
+            part = mine[start : start + self.microbatch_size]
+            some = [inputs[i] for i in part]
             padded = self.tokenizer.pad(some, padding_side="right", return_tensors="pt")
             try:
                 with common.autocast(self.model):
@@ -211,8 +220,8 @@ class TextScorer(Scorer):
                     raise  # config says, BART wants an EOS, DeBERTa can't do bf16
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{self.spec} can't read {longest} tokens: {reason}") from error
-            scores.append(logits[:, 0].float())
-        return _finite((torch.cat(scores) - mean) / deviation, self.spec)
+            scores[[*part]] = (logits[:, 0].float() - mean) / deviation
+        return _finite(common.total(scores).to(tokens.device), self.spec)
 
 
 def _finite(scores, spec):
