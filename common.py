@@ -858,11 +858,10 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     """Sample a response to each left-padded prompt (B, P): ids and log-probabilities, (B, R) each.
 
     R is at most response_length. After an EOS a row holds pad, and 0. Temperature is the only
-    setting, since top-k or top-p would sample from another distribution than the one whose
-    log-probabilities are computed. The loop is ours, where `model.generate` would do, because a row
-    that has ended leaves the batch: bench/rollout.py times both. Some wait for company, as leaving
-    copies the cache; who has ended is read every fourth token, as a GPU's host waits for it.
-    State-space models call it cache_params, and want the mask of the new columns.
+    setting: top-k or top-p would sample from another distribution than the log-probabilities' own.
+    The loop is ours, where `model.generate` would do, because a row that has ended leaves the batch
+    (bench/rollout.py times both): in company, as leaving copies the cache, and read every fourth
+    token, as a GPU's host waits for it. State-space models want cache_params and a mask's end.
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
@@ -872,13 +871,12 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     is_state = "cache_params" in inspect.signature(model.forward).parameters
     num_open = torch.zeros_like(response[0])  # rows that have not ended, (R,)
     rows = share(torch.arange(len(prompts), device=prompts.device))  # which are in the batch, (b,)
-    is_open = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended, (b,)
-    response[rows] = settings.pad_token_id
+    is_open, response[rows] = torch.ones_like(rows, dtype=torch.bool), settings.pad_token_id  # (b,)
     cache, inputs, mask = GrowingCache(config=model.config), prompts[rows], prompt_mask[rows]
     as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
     with autocast(model):  # all steps share one bf16 copy of the matrices
-        for t in range(response_length):  # the first step reads the prompts, each later one a token
+        for t in range(response_length if len(rows) else 0):  # prompts first, later a token each
             new = slice(-inputs.shape[1], None)
             output = model.forward(  # model() is what --compile compiles, for other shapes
                 input_ids=inputs, attention_mask=mask[:, new] if is_state else mask, use_cache=True,

@@ -112,6 +112,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites hacking", 0, 1e9, "reward")
     kl_target: float | None = arg(None, "KL to hold by eq. 8, in nats; 3 to 10", 1e-6, 1e9)
     kl_horizon: int | None = arg(None, "of eq. 8, in episodes; else a 12th of the run's", 1)
+    reward_device: str | None = arg(None, "of reward models and reference; else --device")
     missing_eos_penalty: float = arg(1.0, "off the score if no EOS came; 0 to 2", 0, 1e9)
 
     # gamma 1: a response is finite, and no part of it is worth more for coming sooner. lam trades
@@ -148,6 +149,8 @@ def check_config(cfg):
     cli.check_ranges(cfg)
     if len({*cfg.reward}) < len(cfg.reward):
         raise UserError("--reward names one twice; it would count twice")
+    if cfg.reward_device and cfg.lora_rank is not None:
+        raise UserError("--lora-rank shares the models' weights; no --reward-device can have some")
     if cfg.kl_horizon is not None and cfg.kl_target is None:
         raise UserError("--kl-horizon is of eq. 8, which needs a --kl-target")
     if cfg.kl_target is not None and cfg.kl_coef == 0:
@@ -282,6 +285,7 @@ def forward_responses(
         predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}  (left out)
     """
     is_shared = isinstance(critic, ValueHead)
+    tokens, attention_mask = tokens.to(policy.device), attention_mask.to(policy.device)
     # The last token predicts nothing that counts: left out, the last R positions are the wanted.
     # common.forward adds position ids that skip the padding, and the model's precision.
     inputs, attention_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
@@ -329,6 +333,7 @@ def evaluate_tokens(
         inputs = tokens[part, columns], attention_mask[part, columns], width, temperature
         logprobs, values, entropy = forward_responses(policy, critic, *inputs, with_entropy=True)
         ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
+        ref_logprobs = ref_logprobs.to(tokens.device)  # from --reward-device
         results[:, part, :width] = torch.stack([logprobs, ref_logprobs, values, entropy])
     return common.total(results).unbind()
 
@@ -548,9 +553,12 @@ def load_models(cfg, tokenizer, rows, device):
     longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
     for model in (policy, *(scorer.model for scorer in scorers if scorer.reads_tokens)):
         common.check_context(model, longest)
+    others = cli.pick_device(cfg.reward_device) if cfg.reward_device else device
+    dtype = "bf16" if cfg.dtype == "auto" and device.type == "cuda" else cfg.dtype  # of all alike
     for model in (policy, ref_policy, critic, *(scorer.model for scorer in scorers)):
         if model is not None:  # functions have none
-            common.place(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
+            its_device = device if model in (policy, critic) else others
+            common.place(model, its_device, dtype, cfg.gradient_checkpointing, cfg.compile)
     return policy, ref_policy, critic, scorers
 
 

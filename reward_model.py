@@ -179,6 +179,7 @@ def read_back(run, model, tokenizer, eval_pairs, expected, cfg):
     if processes.RANK == 0:
         model.config.to_json_file(folder / "config.partial")  # where PPO will find the scale
         os.replace(folder / "config.partial", folder / "config.json")  # whole or not at all
+    processes.wait()  # all read it
     options = {"trust_remote_code": cfg.trust_remote_code}
     saved, _ = common.load_scalar_model(str(folder), tokenizer, **options)
     common.place(saved.requires_grad_(False), run.device, cfg.dtype)

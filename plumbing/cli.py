@@ -254,9 +254,10 @@ def command_line():
         with contextlib.suppress(UserError, RuntimeError):
             done = "".join(function() for function in at_error)
         if processes.may_speak():
-            which = f" (process {processes.RANK})" if processes.RANK > 0 else ""
-            text = " ".join(f"{script}: error{which}: {error}{done}".split())
-            print(text, file=_Deaf(streams[1]))
+            if processes.RANK > 0:  # below the progress bar of rank 0
+                script = f"\n{script}: process {processes.RANK}"
+            text = " ".join(f"{error}{done}".split())
+            print(f"{script}: error: {text}", file=_Deaf(streams[1]))
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -277,7 +278,7 @@ def _explain(error):
         what = "an index was out of range on the GPU, or no number; --device cpu says where"
         return f"{now_in['phase']} failed {when}: {what}"
     if processes.is_lost(error):
-        how = f"the last checkpoint is whole: {resume_command(now_in['cfg'])}"
+        how = f"what is saved is whole: {resume_command(now_in['cfg'])}"
         return f"another process of the run has ended {when}; {how}"
     if is_out_of_memory(error):
         cfg, phase = now_in["cfg"], now_in["phase"]

@@ -24,8 +24,9 @@ _met = []  # the store that the processes have met by
 
 
 def device_of(name):
-    """The name of this process's own device, where --device says only of which kind."""
-    return f"cuda:{LOCAL_RANK}" if IS_TORCHRUN and name == "cuda" else name
+    """This process's own device by the name of rank 0's: as many further as its local rank."""
+    kind, _, index = name.partition(":")
+    return f"cuda:{int(index or 0) + LOCAL_RANK}" if kind == "cuda" and IS_TORCHRUN else name
 
 
 def meet(cfg, device):
@@ -39,8 +40,8 @@ def meet(cfg, device):
     size = getattr(cfg, "minibatch_size", cfg.batch_size)
     if size < COUNT:
         raise UserError(f"{COUNT} processes share {size} rows of an optimizer step: each needs one")
-    if cfg.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {cfg.device} is one for all processes; cuda gives each its own")
+    if device.type == "mps":
+        raise UserError("--device mps is one, and takes one process")
     if getattr(cfg, "compile", False) and device.type == "cuda":
         raise UserError("--compile draws each GPU's own random numbers; leave it out with torchrun")
     options = {"timeout": datetime.timedelta(days=1), "rank": RANK, "world_size": COUNT}
@@ -85,6 +86,11 @@ def agree(number):
     greatest = torch.tensor(number, device=_device())
     dist.all_reduce(greatest, dist.ReduceOp.MAX)
     return greatest.item()
+
+
+def wait():
+    """Go on when all processes are here."""
+    agree(0)
 
 
 def _device():

@@ -71,7 +71,7 @@ class Run:
         self.keep_state, may_change = num_steps is not None, {*MAY_CHANGE, *may_change}
         if cfg.resume:
             self.source, self.state = folders.read_state(self.folder, cfg, may_change)
-        processes.agree(0)  # all have read it, before rank 0 writes
+        processes.wait()  # all have read it, before rank 0 writes
         self.done, self.kept = self.state.get("step", 0), self.state.get("kept", {})
         if self.source and (not self.done or self.keep_state and self.done >= num_steps):
             if self.source != self.folder:  # killed just before its end

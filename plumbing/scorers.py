@@ -137,12 +137,12 @@ class TokenScorer(Scorer):
     @torch.no_grad()
     def __call__(self, tokens, attention_mask, rows, responses):
         """Normalised scores, read at each row's last attended token, the EOS if there is one."""
-        scores = torch.zeros(len(tokens), device=tokens.device)
+        scores, device = torch.zeros(len(tokens), device=tokens.device), self.model.device
         everything, size = torch.arange(len(tokens)), self.microbatch_size
         for part, columns in common.parts_by_length(attention_mask, everything, size):
             part = part.to(tokens.device)
-            inputs = tokens[part, columns], attention_mask[part, columns]  # (b, T)
-            scores[part] = common.text_scores(self.model, *inputs)
+            inputs = tokens[part, columns].to(device), attention_mask[part, columns].to(device)
+            scores[part] = common.text_scores(self.model, *inputs).to(tokens.device)  # (b, T) -> b
         return _finite(common.total(scores), self.spec)
 
 
@@ -206,8 +206,8 @@ class TextScorer(Scorer):
             raise UserError(f"{self.spec} can't read the prompts: a row {error}") from error
         inputs = [self.fit(each) for each in inputs]
         longest = max(len(each["input_ids"]) for each in inputs)
-        scores = torch.zeros(len(inputs), device=self.model.device)
-        mine, (mean, deviation) = common.share(range(len(inputs))), common.score_scale(self.model.config)
+        scores, mine = torch.zeros(len(inputs), device=tokens.device), common.share(range(len(inputs)))
+        mean, deviation = common.score_scale(self.model.config)
         for start in range(0, len(mine), self.microbatch_size):
             part = mine[start : start + self.microbatch_size]
             some = [inputs[i] for i in part]
@@ -220,8 +220,8 @@ class TextScorer(Scorer):
                     raise  # config says, BART wants an EOS, DeBERTa can't do bf16
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{self.spec} can't read {longest} tokens: {reason}") from error
-            scores[[*part]] = (logits[:, 0].float() - mean) / deviation
-        return _finite(common.total(scores).to(tokens.device), self.spec)
+            scores[[*part]] = ((logits[:, 0].float() - mean) / deviation).to(tokens.device)
+        return _finite(common.total(scores), self.spec)
 
 
 def _finite(scores, spec):

@@ -61,7 +61,7 @@ def scorer(path, world, microbatch_size=32):
     policy = common.load_causal_lm(str(world / "sft"), policy_tokenizer)
     loaded = scorers.load_scorer(str(path), policy, policy_tokenizer, microbatch_size, trust_remote_code=False)
     common.place(loaded.model, CPU, "auto")
-    return lambda prompts, responses: loaded(None, None, [{"prompt": prompt} for prompt in prompts], responses)
+    return lambda prompts, responses: loaded(torch.zeros(1), None, [{"prompt": prompt} for prompt in prompts], responses)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -320,7 +320,7 @@ def test_a_reward_model_of_a_family_without_a_classifier_is_read_token_by_token_
     encoded = [sum(common.encode(tokenizer, row["prompt"], text), []) for row, text in zip(rows, responses)]
     tokens, mask = common.pad(encoded, 0, "right")
     by_text = scorers.TextScorer(by_token.spec, by_token.model, tokenizer, 2)
-    assert torch.allclose(by_text(None, None, rows, responses), by_token(tokens, mask, rows, responses), atol=1e-5)
+    assert torch.allclose(by_text(tokens, None, rows, responses), by_token(tokens, mask, rows, responses), atol=1e-5)
 
 
 def test_a_text_beyond_a_foreign_reward_models_context_is_cut_on_the_left_and_counted(world, capsys):
@@ -331,7 +331,7 @@ def test_a_text_beyond_a_foreign_reward_models_context_is_cut_on_the_left_and_co
     model.config.max_position_embeddings = 12
     scorer = scorers.TextScorer("theirs", model, tokenizer, 4)
     rows = [{"prompt": "A fox meets a cub. " * 9}, {"prompt": "A fox"}]
-    scores = scorer(None, None, rows, [" The fox helps.", " It rains."])
+    scores = scorer(torch.zeros(1), None, rows, [" The fox helps.", " It rains."])
     ids = sum(common.encode(tokenizer, rows[0]["prompt"], " The fox helps."), [])
     cut, mask = common.pad([ids[:1] + ids[-11:]], 0, "right")
     assert torch.allclose(scores[0], common.text_scores(model, cut, mask)[0], atol=1e-5) and scorer.num_cut == 1
