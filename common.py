@@ -148,8 +148,8 @@ def forward(model, tokens, attention_mask, **options):
 
 
 # === Several processes ============================================================================
-# Under torchrun each process has the models and the whole batch, takes its share of the rows through
-# them, and writes what comes out into its rows of a tensor of zeros: the sum of all is the whole.
+# Under torchrun each process has the models and the whole batch, takes its share of the rows
+# through them, and writes what comes out into its rows of a tensor of zeros: the sum is the whole.
 def share(rows):
     """This process's part of rows, a list or a tensor: every n-th of them; alone, all."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows

@@ -29,6 +29,9 @@ Time      Column t of every (B, R) tensor is about response token y_t:
           chosen: a baseline must not know the action.
 Mask      response_mask is True where a token counts: up to and including the first EOS.
 
+Processes With torchrun each one takes its share of the rows through the models, where common.py
+          samples and cuts parts; gradients and all else that comes out are summed. Alone: all.
+
 Models    policy        starts at --policy              trained  writes the responses
           ref policy    a copy of it                    frozen   the KL is measured against it
           reward model  --reward, one or several, or    frozen   scores a finished text, once

@@ -8,6 +8,8 @@ Shapes    B rows, T tokens of prompt and completion (padded on the right), N tha
 Time      logits[:, i] is the distribution of token i + 1. The loss shifts once, in completion_nll.
 Mask      completion_mask is True where a token is imitated: the completion and its EOS.
           Prompt tokens are read and never predicted: the policy is to answer, not to ask.
+Processes With torchrun each one takes its share of a batch's rows; gradients and losses are summed
+          before the step, which is then the same on all.
 Chats     Message lists go through the tokenizer's chat template. Each turn of the assistant is one
           example; the chat before it is its prompt, up to the words that open the turn.
 EOS       It is learned like any other token. A policy that never learned to stop is the most common
@@ -152,7 +154,7 @@ def evaluate(model, examples, microbatch_size, pad_id):
     """Mean loss per completion token of held-out examples, in nats; its exp is the perplexity."""
     total_nll, num_tokens = 0.0, 0  # sums over all, divided once
     examples = sorted(examples, key=lambda example: len(sum(example, [])))  # little padding
-    examples = common.share(examples)  # under torchrun
+    examples = common.share(examples)  # of several processes each has its own
     for start in range(0, len(examples), microbatch_size):
         batch = collate(examples[start : start + microbatch_size], pad_id)
         total_nll += completion_nll(model, *(x.to(model.device) for x in batch)).item()
@@ -212,8 +214,9 @@ def main(cfg):
         run.phase("backward")
         batch = [examples[i] for i in index]  # of like length
         num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
-        loss, mine = 0.0, common.share(batch)  # under torchrun
-        for start in range(0, len(mine), cfg.microbatch_size):  # same gradient, less memory
+        loss, mine = 0.0, common.share(batch)  # under torchrun a part, else all of it
+        # The gradient is that of the whole batch, however small the parts that are in memory.
+        for start in range(0, len(mine), cfg.microbatch_size):
             micro = collate(mine[start : start + cfg.microbatch_size], pad_id)
             nll = completion_nll(model, *(x.to(run.device) for x in micro))  # a sum, in nats
             (nll / num_tokens).backward()  # gradients add up
