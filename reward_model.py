@@ -246,7 +246,7 @@ def main(cfg):
         row = {
             "iteration": step,
             "loss": sums["loss"],  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
-            "accuracy": sums["right"] / len(index),  # of pairs not yet seen, in epoch 1; from 0.5 up
+            "accuracy": sums["right"] / len(index),  # in epoch 1 of new pairs; from 0.5 up
             "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
             "lr": lr,  # up, then down
         }

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 from test_cli import METRICS
 
 import ppo
@@ -22,8 +23,9 @@ def flags_of(module):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_flag_in_the_text_exists(name):
+    torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     known = {"--help", "--pretrain"}.union(  # the second is OpenRLHF's
-        *map(flags_of, STAGES.values())
+        torchrun, *map(flags_of, STAGES.values())
     )
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", DOCS[name])) <= known
 
