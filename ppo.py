@@ -14,8 +14,8 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
                            within a tenth and ten times what it began with
 
-          In (2) and (3) V is the critic from before the update, V_old in (6). The A_t of (5) are
-          those of (2) or (2b), whitened over all tokens of the rollout; rewards are not.
+          The V of (2) and (3) is V_old, the critic from before the update; that of (6) learns. The
+          A_t of (5) are those of (2) or (2b), whitened over all tokens of the rollout; rewards not.
 
           With --advantage bandit a response is one step, and gamma, lam and eps_v play no part:
 (2b)      A       = sum_t r_t - V(x), for each of its tokens; ratio and clip stay per token
@@ -28,9 +28,6 @@ Time      Column t of every (B, R) tensor is about response token y_t:
           logprobs[:, t] = log pi_old(y_t | x, y_<t);  values[:, t] = V(x, y_<t), before y_t is
           chosen: a baseline must not know the action.
 Mask      response_mask is True where a token counts: up to and including the first EOS.
-
-Processes With torchrun each one takes its share of the rows through the models, where common.py
-          samples and cuts parts; gradients and all else that comes out are summed. Alone: all.
 
 Models    policy        starts at --policy              trained  writes the responses
           ref policy    a copy of it                    frozen   the KL is measured against it
@@ -46,6 +43,10 @@ Differs   The score is paid at the last counted token; TRL pays it one slot late
           temperature and with the softmax in float32. The sampler's own are not used: its cache and
           shapes alone can move a bf16 ratio by several per cent before anything has been learned.
           Each mean of (5) to (7) is a sum divided once, by the count of the whole minibatch.
+          Under torchrun common.py gives each process a share of the rows wherever models read
+          them, and sums (`common.total`, `processes.add_up`) make it whole. Alone they do nothing.
+
+Read      the main loop first, then sections 1 to 6 in its order; 0, 7 and 8 can wait.
 
 Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 ((1) and (8)); Stiennon et
           al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", whose
@@ -132,7 +133,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     value_clip_eps: float = arg(0.2, "eps_v of eq. 6, in units of reward; 0.2 for deviation 1", 0)
     value_coef: float = arg(0.1, "c1 of eq. 7; Adam all but undoes it if separate", 0, 1e9)
     entropy_coef: float = arg(0.0, "c2 of eq. 7; 0 to 0.01", 0, 1e9)
-    max_approx_kl: float | None = arg(None, "ends an update, in nats a token; 0.02", 0, 1e9)
+    max_approx_kl: float | None = arg(None, "of a step ends the update before it; 0.02", 0, 1e9)
     lr: float | None = arg(None, "of the policy, falls linearly; else see LR_BY_SIZE", 0, 1)
     critic_lr: float | None = arg(None, "of the critic, falls linearly; else by size", 0, 1)
     max_grad_norm: float = arg(1.0, "clip the gradient of policy and of critic to it", 1e-9)
@@ -240,17 +241,17 @@ def decode_responses(tokens, attention_mask, response_mask, ended, tokenizer):
 def score_responses(scorers, tokens, attention_mask, prompt_rows, responses):
     """What each of the S scorers, usually one, says of each response: (S, B) float32.
 
-    A scorer is called with these arguments and gives (B,). A reward model of reward_model.py reads
-    the tokens as the policy wrote them and is asked at the last attended one, the EOS if there is
-    one; its scores have mean 0 and deviation 1 on texts like the SFT policy's. One with other
-    tokens is asked about the texts. What a Python function says counts as it is.
+    A scorer is called with these arguments and gives (B,), without gradient. A reward model of
+    reward_model.py reads the tokens as the policy wrote them and is asked at the last attended one,
+    the EOS if there is one; its scores have mean 0 and deviation 1 on texts like the SFT policy's.
+    One with other tokens is asked about the texts. What a Python function says counts as it is.
     """
     scores = [score(tokens, attention_mask, prompt_rows, responses) for score in scorers]
     return torch.stack(scores)
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
-PIECE = 2**25  # logits at a time, or a row's: 128 MB in float32, and half a dozen such copies
+PIECE = 2**25  # logits at a time: 128 MB in float32; half a dozen tensors of the size come and go
 
 
 class ValueHead(torch.nn.Linear):
@@ -325,7 +326,7 @@ def evaluate_tokens(
 
     The old log-probabilities are computed here although the sampler had some: they must come from
     the function that the update uses, or the first ratio is not 1. What is left of a difference is
-    rounding, which may depend on the shapes that a row is computed in: see `approx_kl_first`.
+    rounding, which may depend on the shapes a row is computed in: approx_kl_first in the log.
     It goes by parts of like length, each without the columns that are padding in all its rows.
     """
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
@@ -416,8 +417,8 @@ def bandit(rewards, values, response_mask, gamma, lam):
 def whiten(x, mask):
     """x with mean 0 and (population) deviation 1 over the True positions; 0 elsewhere.
 
-    It fixes the scale of the policy loss against value loss, entropy and gradient clip, and keeps a
-    critic that is wrong by a constant from pushing most tokens one way. Over the whole rollout, as
+    It fixes the scale of the policy loss against value loss, entropy and gradient clip, and takes
+    out what all tokens share, as where the critic is too low throughout. Over the whole rollout, as
     a minibatch's mean would be noisy; after the returns, which keep their unit.
     """
     counted = x[mask]
@@ -442,7 +443,7 @@ class Batch:
     def __post_init__(self):
         for name, x in vars(self).items():  # the table above, checked
             wide = name in ("tokens", "attention_mask")
-            shape = (self.tokens if wide else self.response_mask).shape
+            shape = len(self.tokens), (self.tokens if wide else self.response_mask).shape[1]
             dtype = torch.bool if "mask" in name else torch.int64 if wide else torch.float32
             assert x.shape == shape and x.dtype == dtype, (name, x.shape, x.dtype)
 
@@ -539,8 +540,8 @@ def update_statistics(policy_losses, value_losses, ratio, num_tokens, num_values
 def load_models(cfg, tokenizer, rows, device):
     """policy, ref_policy, critic and the list of scorers, on the device.
 
-    Trained weights are float32, and dropout is off everywhere: two passes with two dropout masks
-    are two policies, and the ratio would not be 1.
+    Trained weights are float32, and dropout is off (loading sets all rates to 0): two passes
+    with two dropout masks are two policies, and the ratio would not be 1.
     """
     attention = None if cfg.attention == "auto" else cfg.attention  # what transformers takes
     options = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": attention}

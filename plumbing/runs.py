@@ -174,8 +174,8 @@ class Run:
         return self.seconds
 
     def may_step(self, norms):
-        """Are the gradients' norms, scalar tensors, finite? Else the step is skipped; three in a row end
-        the run.
+        """Are the gradients' norms, scalar tensors, finite? Else the step is skipped; three in a
+        row end the run.
         """
         self.phase("optimizer step")  # it comes next
         finite = bool(torch.stack(norms).isfinite().all())

@@ -206,8 +206,8 @@ class TextScorer(Scorer):
             raise UserError(f"{self.spec} can't read the prompts: a row {error}") from error
         inputs = [self.fit(each) for each in inputs]
         longest = max(len(each["input_ids"]) for each in inputs)
-        scores, mine = torch.zeros(len(inputs), device=tokens.device), common.share(range(len(inputs)))
-        mean, deviation = common.score_scale(self.model.config)
+        scores, mine = torch.zeros(len(inputs), device=tokens.device), range(len(inputs))
+        mine, (mean, deviation) = common.share(mine), common.score_scale(self.model.config)
         for start in range(0, len(mine), self.microbatch_size):
             part = mine[start : start + self.microbatch_size]
             some = [inputs[i] for i in part]
