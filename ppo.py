@@ -751,8 +751,8 @@ def rehearse(run, policy, ref_policy, critic, scorers, optimizer, rows):
     if run.device.type != "cuda":
         return
     run.phase("optimizer step")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum((parameter * 0).sum() for parameter in parameters).backward()
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # with gradients of 0 it moves nothing
     optimizer.zero_grad()
     run.phase("rollout")

@@ -21,7 +21,7 @@ from plumbing import processes, sharding
 # What calls itself float32 is float64 here, so that two ways of adding up differ by 1e-12 and no
 # sampled token flips. It also notes what each process holds, and fails where it is told to.
 DRIVER = f"""
-import json, os, pathlib, sys
+import inspect, json, os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import common, ppo
@@ -51,6 +51,8 @@ def failing(*arguments):
     return rewards(*arguments)
 
 ppo.make_optimizer, ppo.kl_shaped_rewards = noted, failing
+rehearse = inspect.getsource(ppo.rehearse).replace('run.device.type != "cuda"', "False")  # on a CPU too
+exec(rehearse.replace("devices=[run.device]", "devices=[]"), vars(ppo))
 with cli.command_line():
     ppo.main(cli.parse_args(ppo.Config, ""))
 """
