@@ -695,10 +695,11 @@ def save_model(model, folder, state=None):
     """
     if is_trunk(model):
         state = model.state_dict() if state is None else state
+        head = {k.removeprefix("score."): v for k, v in state.items() if k.startswith("score.")}
         state = {k: v for k, v in state.items() if not k.startswith("score.")}
     model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     if is_trunk(model):
-        safetensors.torch.save_file(model.score.state_dict(), os.path.join(folder, HEAD))
+        safetensors.torch.save_file(head, os.path.join(folder, HEAD))
 
 
 def read_model(model, folder):
@@ -875,7 +876,8 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     cache, inputs, mask = GrowingCache(config=model.config), prompts[rows], prompt_mask[rows]
     as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
-    with autocast(model):  # all steps share one bf16 copy of the matrices
+    whole_weights = getattr(model, "whole_weights", contextlib.nullcontext)  # of one that is divided
+    with autocast(model), whole_weights():  # all steps share one bf16 copy of the matrices
         for t in range(response_length if len(rows) else 0):  # prompts first, later a token each
             new = slice(-inputs.shape[1], None)
             output = model.forward(  # model() is what --compile compiles, for other shapes

@@ -78,7 +78,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import UserError
-from plumbing import adapters, cli, metrics, processes, report
+from plumbing import adapters, cli, metrics, processes, report, sharding
 from plumbing.cli import DATA, RunConfig, arg
 from plumbing.rows import load_prompts
 from plumbing.runs import Run
@@ -96,6 +96,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     eval_every: int = arg(10, "iterations between evaluations on held-out prompts", 1)
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "of all models")
     compile: bool = arg(False, "torch.compile the models; minutes to start, then faster")
+    shard: bool = arg(False, "divide models and Adam among the processes of torchrun, by FSDP2")
     explain: bool = arg(False, "print a response token by token, at first and at evaluations")
 
     policy: str = arg("ckpt/sft", "causal LM to train, and the reference", heading="models, data")
@@ -145,7 +146,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 # that of Huang et al. 2024 for 1 to 7 B; what lies between was not.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
 # What --resume may be given anew; --iterations changes the learning rates still to come.
-MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile")
+MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "shard")
 
 
 def check_config(cfg):
@@ -547,7 +548,7 @@ def load_models(cfg, tokenizer, rows, device):
     options = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": attention}
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
-    if cfg.lora_rank is None:  # out of the host's memory, before the next model is read
+    if cfg.lora_rank is None and not cfg.shard:  # out of the host's memory, before the next is read
         policy.to(device)
     ref_policy = adapters.twin(policy, cfg.lora_rank).requires_grad_(False)
     load = lambda spec: load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options)
@@ -563,6 +564,7 @@ def load_models(cfg, tokenizer, rows, device):
         if model is not None:  # functions have none
             its_device = device if model in (policy, critic) else others
             common.place(model, its_device, dtype, cfg.gradient_checkpointing, cfg.compile)
+            sharding.divide(model, cfg)  # before the next is moved to the device
     return policy, ref_policy, critic, scorers
 
 
@@ -716,7 +718,8 @@ def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
         The score is that of the scorers, without --missing-eos-penalty.
     """
     run.phase("evaluation")
-    cfg, samples = run.cfg, []
+    cfg, samples, num_rows = run.cfg, [], len(rows)
+    rows = processes.fill_up(rows)
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         for start in range(0, len(rows), cfg.batch_size):
@@ -737,7 +740,7 @@ def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
                 "kl": torch.where(response_mask, logprobs - ref_logprobs, 0.0).sum(1).tolist(),
             }
             samples += [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return samples
+    return samples[:num_rows]
 
 
 def rehearse(run, policy, ref_policy, critic, scorers, optimizer, rows):
@@ -749,8 +752,8 @@ def rehearse(run, policy, ref_policy, critic, scorers, optimizer, rows):
     if run.device.type != "cuda":
         return
     run.phase("optimizer step")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum((parameter * 0).sum() for parameter in parameters).backward()
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # with gradients of 0 it moves nothing
     optimizer.zero_grad()
     run.phase("rollout")

@@ -197,11 +197,12 @@ def remove(path):
         shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
 
 
-def write_checkpoint(folder, cfg, models, tokenizer, state):
+def write_checkpoint(folder, cfg, models, tokenizer, state, whole={}):
     """OUTPUT/checkpoint-STEP in place of those before it; whole or not at all.
 
     `models` is {name: model}; the first lies in the folder itself, others in one of their name.
     `state` is what --resume needs besides: tensors, numbers, strings, lists and dicts.
+    `whole` is {model: state dict} of those that are divided.
     """
     name, older = f"checkpoint-{state['step']}", checkpoints(folder)
     partial = folder / f"{name}.partial"
@@ -211,9 +212,9 @@ def write_checkpoint(folder, cfg, models, tokenizer, state):
             if adapters.is_adapted(model):
                 adapters.save(model, path)
             elif hasattr(model, "save_pretrained"):
-                common.save_model(model, path)
+                common.save_model(model, path, whole.get(model))
             else:
-                safetensors.torch.save_file(model.state_dict(), path / VALUE_HEAD)
+                safetensors.torch.save_file(whole.get(model, model.state_dict()), path / VALUE_HEAD)
         tokenizer.save_pretrained(partial)
         logs = [folder / name for name in LOGS if (folder / name).exists()]
         state["log_sizes"] = {log.name: log.stat().st_size for log in logs}

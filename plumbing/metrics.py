@@ -6,6 +6,7 @@ import sys
 import torch
 
 from common import UserError
+from plumbing import sharding
 
 try:
     import resource
@@ -17,7 +18,7 @@ def ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
     """The iteration's row of metrics.jsonl; the comments say what is healthy."""
     mask, value_mask, scores = batch.response_mask, batch.value_mask, score_parts.sum(0)
     token_kl = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)  # (B, R)
-    means = torch.stack([torch.stack([*step.values()]) for step in steps]).mean(0).tolist()
+    means = torch.stack([torch.stack([*map(sharding.plain, step.values())]) for step in steps]).mean(0).tolist()
     means = dict(zip(steps[0], means))
     error, returns = (batch.returns - batch.values)[value_mask], batch.returns[value_mask]
     unexplained = (error.var(correction=0) / returns.var(correction=0)).item()

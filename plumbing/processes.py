@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import common
 from common import UserError
+from plumbing import sharding
 
 IS_TORCHRUN = dist.is_torchelastic_launched()
 RANK, LOCAL_RANK, COUNT, LOCAL_COUNT = (
@@ -35,6 +36,7 @@ def meet(cfg, device):
     A process that ends early takes the others with it, by torchrun; so they need no short timeout,
     and may wait for a reward function or a checkpoint of rank 0.
     """
+    sharding.check(cfg, COUNT if IS_TORCHRUN else 0)
     if not IS_TORCHRUN:
         return
     size = getattr(cfg, "minibatch_size", cfg.batch_size)
@@ -62,11 +64,12 @@ def part():
 
 def add_up(models, numbers):
     """The sums over all processes: of the models' gradients, in place, and of `numbers`, a dict of
-    numbers or scalar tensors, returned. Alone, nothing is added.
+    numbers or scalar tensors, returned. Alone, nothing is added; those of divided weights are sums.
     """
     if not dist.is_initialized():
         return numbers
     weights = [w for model in models for w in model.parameters() if w.requires_grad]
+    weights = [weight for weight in weights if not sharding.is_divided(weight)]
     for weight in weights:
         if weight.grad is None:  # of a process that had no rows
             weight.grad = torch.zeros_like(weight)
@@ -77,6 +80,11 @@ def add_up(models, numbers):
         each.wait()
     back = lambda old, new: torch.full_like(old, new) if torch.is_tensor(old) else new
     return {name: back(old, new) for (name, old), new in zip(numbers.items(), whole)}
+
+
+def fill_up(rows):
+    """The rows, and the first of them again until all processes can have as many."""
+    return [rows[i % len(rows)] for i in range(len(rows) + -len(rows) % COUNT)]
 
 
 def agree(number):

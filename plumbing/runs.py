@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from common import UserError
-from plumbing import adapters, cli, folders, processes
+from plumbing import adapters, cli, folders, processes, sharding
 
 # The flags that --resume may be given anew. They change nothing but rounding: another device, and
 # in bf16 another micro-batch; another device also has other random numbers.
@@ -98,7 +98,7 @@ class Run:
                 raise UserError(f"{what} has changed since the run began: {how}")
         if read_weights or self.cfg.lora_rank is not None:
             folders.read_weights(models, self.source)
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(sharding.like_weights(optimizer, state["optimizer"]))
         schedule.load_state_dict(state["schedule"])
         schedule._last_lr = schedule.get_lr()  # the run may be longer now
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr()):
@@ -178,7 +178,7 @@ class Run:
         row end the run.
         """
         self.phase("optimizer step")  # it comes next
-        finite = bool(torch.stack(norms).isfinite().all())
+        finite = bool(torch.stack([*map(sharding.plain, norms)]).isfinite().all())
         self.num_skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == 3:
@@ -252,19 +252,25 @@ class Run:
     def save(self, step, random_states):
         """A checkpoint of `step` steps."""
         self.phase("checkpoint")
+        optimizer = sharding.whole_optimizer(self.optimizer)  # all processes gather them
+        whole = sharding.whole_models(self.models.values())
         if processes.RANK > 0:
             return
         state = random_states | {
             "args": dataclasses.asdict(self.cfg), "step": step, "kept": self.latest,
             "inputs": self.inputs, "processes": processes.COUNT,
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "optimizer": optimizer, "schedule": self.schedule.state_dict(),
         }
-        folders.write_checkpoint(self.folder, self.cfg, self.models, self.tokenizer, state)
+        folders.write_checkpoint(
+            self.folder, self.cfg, self.models, self.tokenizer, state, whole
+        )
 
     def rescue(self):
         """What an error may end before the models have changed in a step is saved first."""
         before, phases = self.step - 1, ("rollout", "score", "log-probabilities")
         if before <= self.done or self.entered[0] not in phases or processes.RANK > 0:
+            return ""
+        if getattr(self.cfg, "shard", False):  # the others may not come to gather the weights
             return ""
         saved = folders.checkpoints(self.folder)
         if not saved or saved[-1].name != f"checkpoint-{before}":
