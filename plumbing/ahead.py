@@ -9,7 +9,6 @@ import threading
 import time
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 import common
 from common import UserError
@@ -26,31 +25,20 @@ def pick_device(name):
         raise UserError(str(error).replace("--device", "--sampler-device")) from None
 
 
-class OwnRandom(TorchFunctionMode):
-    """In its thread torch.randint draws from this generator: from the global one, which is the main
-    thread's, it would be chance who draws first.
-    """
-
-    def __init__(self, seed):
-        super().__init__()
-        self.own = {"generator": torch.Generator().manual_seed(seed)}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}), **(self.own if function is torch.randint else {}))
-
-
 class Sampler:
     """A copy of the policy, and a thread in which sample(copy, rows) gives a tuple of tensors."""
 
     def __init__(self, run, policy, sample):
         self.run, self.policy, self.sample = run, policy, sample
-        self.result, self.thread = run.kept.get("pending"), None
-        self.error, self.is_stopped, self.seconds = None, False, 0.0
+        self.result, self.error = run.kept.get("pending"), None
+        self.is_stopped, self.seconds = False, 0.0
+        self.has_drawn, self.is_done = threading.Event(), threading.Event()
+        self.is_done.set()
         device = pick_device(run.cfg.sampler_device)
         frozen = lambda w: torch.nn.Parameter(w.detach().to(device, copy=True), requires_grad=False)
         self.copy = copy.deepcopy(policy, {id(w): frozen(w) for w in policy.parameters()})
         common.place(self.copy, device, run.cfg.dtype)  # not compiled, even if the policy is
-        self.copy.get_input_embeddings().register_forward_pre_hook(self._go_on)
+        self.copy.get_input_embeddings().register_forward_pre_hook(self._at_token)
         cli.at_end.append(self._stop)
 
     def rollout(self, rows, next_rows):
@@ -58,7 +46,7 @@ class Sampler:
         thread goes on to next_rows, with the weights as they are now, unless this step is the last.
         """
         self.run.seconds["rollout"] += self.seconds
-        if self.thread is None and self.result is None:  # a run's first: by the policy as it is
+        if self.pending() is None and self.error is None:  # the first: by the policy as it is
             self._start(rows)
         else:
             self.run.warned.add("ratio")  # that first ratios are not 1 is no symptom now
@@ -72,8 +60,7 @@ class Sampler:
     def pending(self):
         """What the next rollout() will give, waited for: it belongs to a checkpoint."""
         since = time.perf_counter()
-        if self.thread is not None:
-            self.thread.join()
+        self.is_done.wait()  # join() would believe, after a Ctrl-C, that the thread has ended
         self.seconds = time.perf_counter() - since
         return self.result
 
@@ -82,18 +69,23 @@ class Sampler:
         for own, weight in zip(self.copy.parameters(), self.policy.parameters()):
             if weight.requires_grad:  # with --lora-rank few
                 own.copy_(weight)
-        seed = torch.randint(2**31, ()).item()  # by the main thread, whose state is in a checkpoint
-        self.thread = threading.Thread(target=self._work, args=(rows, seed))
-        self.thread.start()
+        self.has_drawn.clear()
+        is_done = threading.Event()
+        threading.Thread(target=self._work, args=(rows, is_done), name="sampler").start()
+        self.is_done = is_done
+        self.has_drawn.wait()  # both draw from torch's one generator: never by chance who is first
 
-    def _work(self, rows, seed):
+    def _work(self, rows, is_done):
         try:
-            with OwnRandom(seed):
-                self.result = [tensor.cpu() for tensor in self.sample(self.copy, rows)]
+            self.result = [tensor.cpu() for tensor in self.sample(self.copy, rows)]
         except BaseException as error:  # for rollout() to raise
             self.error = error
+        finally:
+            self.has_drawn.set()
+            is_done.set()
 
-    def _go_on(self, module, inputs):  # called at each token
+    def _at_token(self, module, inputs):
+        self.has_drawn.set()  # all of a rollout's numbers are drawn before its first token
         if self.is_stopped:
             raise InterruptedError
 
