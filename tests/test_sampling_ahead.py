@@ -134,9 +134,9 @@ def test_old_logprobs_are_those_of_the_weights_before_the_last_update(ppo, world
 
 
 def test_the_first_rollout_is_the_policys_own_and_the_later_ones_are_not_and_that_is_no_warning(ppo, world, tmp_path, run_stage):
-    status, _, err = run_stage(ppo, *flags_of(world, tmp_path / "out", "--lr", 1e-2))
+    status, out, _ = run_stage(ppo, *flags_of(world, tmp_path / "out", "--lr", 1e-2))
     first, *later = rows_of(tmp_path / "out")
-    assert status == 0 and "first ratios" not in err
+    assert status == 0 and "first ratios" not in out
     assert (first["ratio_first"], first["approx_kl_first"], first["kl"]) == (1, 0, 0)
     assert all(row["approx_kl_first"] > 1e-3 for row in later)  # what would be the warning
     assert later[0]["kl"] == 0  # sampled by the same weights as the first
@@ -150,8 +150,11 @@ def test_prompts_come_in_the_order_in_which_they_come_without_it(ppo, world, tmp
     flags = flags_of(world, tmp_path / "usual", "--prompts", tmp_path / "many.jsonl")
     without = flags[: flags.index("--sampler-device")] + flags[flags.index("--sampler-device") + 2 :]
     assert run_stage(plain, *without)[0] == 0
-    prompts = [prompts for prompts, _, _ in usual]
-    assert [prompts for prompts, _, _ in ahead] == prompts and len({*map(str, prompts)}) == 5
+    prompts, tokenizer = [prompts for prompts, _, _ in usual], common.load_tokenizer(str(world / "sft"))
+    for (given, batch, _), wanted in zip(ahead, prompts):  # what was sampled from, not only what was handed out
+        columns = slice(batch.tokens.shape[1] - batch.response_mask.shape[1])
+        assert given == wanted == [tokenizer.decode(ids[mask]) for ids, mask in zip(batch.tokens[:, columns], batch.attention_mask[:, columns])]
+    assert len(ahead) == len({*map(str, prompts)}) == 5
     assert run_stage(ppo, *without, "--output", tmp_path / "unasked")[0] == 0  # without the flag nothing is changed
     assert contents(tmp_path / "unasked") == contents(tmp_path / "usual")
 
