@@ -1,4 +1,4 @@
-"""Sampling one step ahead, for examples/scale/sampling_ahead.patch: a thread, and a copy of a model.
+"""Sampling one step ahead, for examples/scale/sampling_ahead.patch: a thread and a model's copy.
 
 While the main thread learns from rollout i, the copy samples rollout i + 1 with the weights from
 before update i: one update behind then, and never more.
