@@ -858,26 +858,25 @@ class FixedCache(KeysLikeValues, StaticCache):
 def generate_responses(model, prompts, prompt_mask, response_length, temperature):
     """Sample a response to each left-padded prompt (B, P): ids and log-probabilities, (B, R) each.
 
-    R is at most response_length. After an EOS a row holds pad, and 0. Temperature is the only
-    setting: top-k or top-p would sample from another distribution than the log-probabilities' own.
-    The loop is ours, where `model.generate` would do, because a row that has ended leaves the batch
-    (bench/rollout.py times both): in company, as leaving copies the cache, and read every fourth
-    token, as a GPU's host waits for it. State-space models want cache_params and a mask's end.
+    R is at most response_length. After an EOS a row holds pad, and 0. Temperature is all: top-k or
+    top-p would sample from another distribution than the log-probabilities' own. The loop is ours,
+    where `model.generate` would do, since a row that has ended leaves the batch (bench/rollout.py
+    times both): in company, as that copies the cache, and seen every fourth token, as a GPU's host
+    waits to see it. State-space models want cache_params and a mask's end.
     """
     settings, training = model.generation_config, model.training
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
     response = prompts.new_zeros(len(prompts), response_length)  # (B, R)
-    logprobs = torch.zeros_like(response, dtype=torch.float32)
+    logprobs, num_open = response.float(), response[0].clone()  # and how many have not ended, (R,)
     uniform = torch.randint(2**31, (*response.shape, 2)).to(prompts.device)  # drawn on the CPU
     is_state = "cache_params" in inspect.signature(model.forward).parameters
-    num_open = torch.zeros_like(response[0])  # rows that have not ended, (R,)
     rows = share(torch.arange(len(prompts), device=prompts.device))  # which are in the batch, (b,)
-    is_open, response[rows] = torch.ones_like(rows, dtype=torch.bool), settings.pad_token_id  # (b,)
+    is_open, response[rows] = torch.ones_like(rows, dtype=torch.bool), settings.pad_token_id
     cache, inputs, mask = GrowingCache(config=model.config), prompts[rows], prompt_mask[rows]
     as_cache = {"cache_params" if is_state else "past_key_values": cache}
     model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
-    whole_weights = getattr(model, "whole_weights", contextlib.nullcontext)  # of one that is divided
-    with autocast(model), whole_weights():  # all steps share one bf16 copy of the matrices
+    whole = getattr(model, "whole_weights", contextlib.nullcontext)  # of one divided by --shard
+    with autocast(model), whole():  # all steps share one bf16 copy of the matrices
         for t in range(response_length if len(rows) else 0):  # prompts first, later a token each
             new = slice(-inputs.shape[1], None)
             output = model.forward(  # model() is what --compile compiles, for other shapes

@@ -18,7 +18,8 @@ def ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
     """The iteration's row of metrics.jsonl; the comments say what is healthy."""
     mask, value_mask, scores = batch.response_mask, batch.value_mask, score_parts.sum(0)
     token_kl = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)  # (B, R)
-    means = torch.stack([torch.stack([*map(sharding.plain, step.values())]) for step in steps]).mean(0).tolist()
+    steps = [{name: sharding.plain(x) for name, x in step.items()} for step in steps]
+    means = torch.stack([torch.stack([*step.values()]) for step in steps]).mean(0).tolist()
     means = dict(zip(steps[0], means))
     error, returns = (batch.returns - batch.values)[value_mask], batch.returns[value_mask]
     unexplained = (error.var(correction=0) / returns.var(correction=0)).item()

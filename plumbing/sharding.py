@@ -27,7 +27,7 @@ def check(cfg, num_processes):
     if not getattr(cfg, "shard", False):
         return
     if not num_processes:
-        raise UserError("--shard divides models among processes: start by torchrun; or --shard false")
+        raise UserError("--shard divides models among processes: start by torchrun, or drop it")
     for flag in ("compile", "lora_rank", "reward_device"):
         if getattr(cfg, flag):
             raise UserError(f"--shard and --{flag.replace('_', '-')} don't go together; drop one")
@@ -107,7 +107,8 @@ def whole_optimizer(optimizer):
 def like_weights(optimizer, state):
     """The state of `whole_optimizer`, divided as the optimizer's weights are."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    divided = {i: {k: _like(v, weights[i]) for k, v in s.items()} for i, s in state["state"].items()}
+    held = state["state"].items()
+    divided = {i: {key: _like(x, weights[i]) for key, x in of.items()} for i, of in held}
     return state | {"state": divided}
 
 
