@@ -719,7 +719,7 @@ def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
     """
     run.phase("evaluation")
     cfg, samples, num_rows = run.cfg, [], len(rows)
-    rows = processes.fill_up(rows)
+    rows = sharding.fill_up(rows, cfg)
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         for start in range(0, len(rows), cfg.batch_size):

@@ -197,12 +197,12 @@ def remove(path):
         shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
 
 
-def write_checkpoint(folder, cfg, models, tokenizer, state, whole={}):
+def write_checkpoint(folder, cfg, models, tokenizer, state, whole=None):
     """OUTPUT/checkpoint-STEP in place of those before it; whole or not at all.
 
     `models` is {name: model}; the first lies in the folder itself, others in one of their name.
     `state` is what --resume needs besides: tensors, numbers, strings, lists and dicts.
-    `whole` is {model: state dict} of those that are divided.
+    `whole` is {name of a model: its state dict} of those that are divided.
     """
     name, older = f"checkpoint-{state['step']}", checkpoints(folder)
     partial = folder / f"{name}.partial"

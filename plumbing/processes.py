@@ -82,11 +82,6 @@ def add_up(models, numbers):
     return {name: back(old, new) for (name, old), new in zip(numbers.items(), whole)}
 
 
-def fill_up(rows):
-    """The rows, and the first of them again until all processes can have as many."""
-    return [rows[i % len(rows)] for i in range(len(rows) + -len(rows) % COUNT)]
-
-
 def agree(number):
     """The greatest of the numbers that all processes call this with, an int."""
     if not dist.is_initialized():

@@ -56,6 +56,12 @@ def divide(model, cfg):
     model.whole_weights = partial(whole_weights, model)
 
 
+def fill_up(rows, cfg):
+    """With --shard, the rows and the first of them again, until all processes can have as many."""
+    num_more = -len(rows) % dist.get_world_size() if cfg.shard else 0
+    return [rows[i % len(rows)] for i in range(len(rows) + num_more)]
+
+
 @contextlib.contextmanager
 def whole_weights(model):
     """All weights of a causal LM are here, for `common.generate_responses`."""
