@@ -197,24 +197,24 @@ def remove(path):
         shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
 
 
-def write_checkpoint(folder, cfg, models, tokenizer, state, whole=None):
+def write_checkpoint(folder, cfg, models, tokenizer, state, whole={}):
     """OUTPUT/checkpoint-STEP in place of those before it; whole or not at all.
 
     `models` is {name: model}; the first lies in the folder itself, others in one of their name.
     `state` is what --resume needs besides: tensors, numbers, strings, lists and dicts.
     `whole` is {name of a model: its state dict} of those that are divided.
     """
-    name, older = f"checkpoint-{state['step']}", checkpoints(folder)
-    partial = folder / f"{name}.partial"
+    target, older = folder / f"checkpoint-{state['step']}", checkpoints(folder)
+    partial = folder / f"{target.name}.partial"
     try:
-        for model, path in places(models, partial):
+        for name, (model, path) in zip(models, places(models, partial)):
             path.mkdir(parents=True, exist_ok=True)
             if adapters.is_adapted(model):
                 adapters.save(model, path)
             elif hasattr(model, "save_pretrained"):
-                common.save_model(model, path, whole.get(model))
+                common.save_model(model, path, whole.get(name))
             else:
-                safetensors.torch.save_file(whole.get(model, model.state_dict()), path / VALUE_HEAD)
+                safetensors.torch.save_file(whole.get(name, model.state_dict()), path / VALUE_HEAD)
         tokenizer.save_pretrained(partial)
         logs = [folder / name for name in LOGS if (folder / name).exists()]
         state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
@@ -235,7 +235,7 @@ def write_checkpoint(folder, cfg, models, tokenizer, state, whole=None):
             "the checkpoint before it, if there was one, is whole: make room and go on with: "
             f"{cli.resume_command(cfg)}"
         ) from error
-    partial.rename(folder / name)
+    partial.rename(target)
     for path in older:
         remove(path)
 

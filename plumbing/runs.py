@@ -253,7 +253,7 @@ class Run:
         """A checkpoint of `step` steps."""
         self.phase("checkpoint")
         optimizer = sharding.whole_optimizer(self.optimizer)  # all processes gather them
-        whole = sharding.whole_models(self.models.values())
+        whole = sharding.whole_models(self.models)
         if processes.RANK > 0:
             return
         state = random_states | {
@@ -261,9 +261,8 @@ class Run:
             "inputs": self.inputs, "processes": processes.COUNT,
             "optimizer": optimizer, "schedule": self.schedule.state_dict(),
         }
-        folders.write_checkpoint(
-            self.folder, self.cfg, self.models, self.tokenizer, state, whole
-        )
+        models = self.models, self.tokenizer
+        folders.write_checkpoint(self.folder, self.cfg, *models, state, whole)
 
     def rescue(self):
         """What an error may end before the models have changed in a step is saved first."""

@@ -99,9 +99,9 @@ def whole(state):
 
 
 def whole_models(models):
-    """{model: its whole state dict} of those that are divided."""
-    divided = [model for model in models if any(map(is_divided, model.parameters()))]
-    return {model: whole(model.state_dict()) for model in divided}
+    """{name: its whole state dict} of those of {name: model} that are divided."""
+    divided = {name for name, m in models.items() if any(map(is_divided, m.parameters()))}
+    return {name: whole(models[name].state_dict()) for name in models if name in divided}
 
 
 def whole_optimizer(optimizer):

@@ -45,7 +45,7 @@ def ppo_flags(folder, *more):
 
 @pytest.fixture(scope="module")
 def results(world, tmp_path_factory):
-    """{number of processes: folder of the runs}; each of two starts of torchrun has all kinds of runs."""
+    """{number of processes: folder of the runs}; one start of torchrun has all kinds of runs."""
     folder = tmp_path_factory.mktemp("several")
     for name in ("sft", "reward_model"):
         (folder / name).symlink_to(world / name)
@@ -62,23 +62,21 @@ def results(world, tmp_path_factory):
         "shared": ppo_flags(folder, "--critic", "shared", "--advantage", "bandit", "--entropy-coef", 0.01),
         "function": ppo_flags(folder, "--reward", f"{folder / 'lengths.py'}:reward", folder / "reward_model", "--judge", f"{folder / 'lengths.py'}:reward"),
     }
-    for count in (1, 2, 3):
+    for count in (1, 3):
         named = [[*command, "--output", folder / f"{count}" / name] for name, command in commands.items()]
         (folder / f"{count}.json").write_text(json.dumps([list(map(str, command)) for command in named]))
     alone = subprocess.run([sys.executable, SEVERAL, folder / "1.json"], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
     assert alone.returncode == 0, alone.stderr
-    for count in (2, 3):
-        run = torchrun(count, SEVERAL, folder / f"{count}.json")
-        out, err = run.communicate(timeout=300)
-        assert run.returncode == 0, err
-        assert out.count("wrote ") == len(commands), out  # rank 0 alone prints
+    run = torchrun(3, SEVERAL, folder / "3.json")
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert out.count("wrote ") == len(commands), out  # rank 0 alone prints
     return folder
 
 
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["sft", "reward_model", "gae", "adaptive", "shared", "function"])
-def test_the_number_of_processes_changes_no_metric_and_no_weight(name, count, results):
-    one, many = results / "1" / name, results / f"{count}" / name
+def test_three_processes_change_no_metric_and_no_weight(name, results):
+    one, many = results / "1" / name, results / "3" / name
     rows, others = read_rows(one / "metrics.jsonl"), read_rows(many / "metrics.jsonl")
     assert len(rows) == len(others) > 1 and all(row.keys() == other.keys() for row, other in zip(rows, others))
     for row, other in zip(rows, others):
@@ -160,7 +158,7 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds t
 @needs_proc
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_stops_all_after_the_iteration_and_resume_goes_on_to_the_same_end(number, world, tmp_path):
-    run = torchrun(2, *a_run(world, tmp_path, iterations=12))
+    run = torchrun(2, *a_run(world, tmp_path, iterations=9))
     wait_for_iteration(run, tmp_path / "run", 4)
     since = time.monotonic()
     run.send_signal(number)
@@ -172,7 +170,7 @@ def test_a_signal_to_torchrun_stops_all_after_the_iteration_and_resume_goes_on_t
     state = torch.load(checkpoint / "trainer_state" / "state.pt", weights_only=True)
     assert state["step"] == int(checkpoint.name.partition("-")[2]) and state["processes"] == 2
     if number == signal.SIGTERM:
-        whole = torchrun(2, *a_run(world, tmp_path / "other", iterations=12))
+        whole = torchrun(2, *a_run(world, tmp_path / "other", iterations=9))
         assert whole.wait(timeout=100) == 0
         resumed = torchrun(2, ROOT / "ppo.py", "--resume", "--output", tmp_path / "run")
         assert resumed.wait(timeout=100) == 0

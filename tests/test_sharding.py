@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import ppo
-from plumbing import processes, sharding
+from plumbing import sharding
 
 # What calls itself float32 is float64 here, so that two ways of adding up differ by 1e-12 and no
 # sampled token flips. It also notes what each process holds, and fails where it is told to.
@@ -159,5 +159,6 @@ def test_what_can_not_be_divided_is_refused(run_stage, tmp_path):
 
 
 def test_rows_are_filled_up_with_the_first_ones(monkeypatch):
-    monkeypatch.setattr(processes, "COUNT", 4)
-    assert [processes.fill_up(list("abcde"[:n])) for n in (1, 4, 5)] == [list("aaaa"), list("abcd"), list("abcdeabc")]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    assert sharding.fill_up(list("abcde"), ppo.Config()) == list("abcde")
+    assert [sharding.fill_up(list("abcde"[:n]), ppo.Config(shard=True)) for n in (1, 4, 5)] == [list("aaaa"), list("abcd"), list("abcdeabc")]
