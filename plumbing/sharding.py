@@ -27,7 +27,7 @@ def check(cfg, num_processes):
     if not getattr(cfg, "shard", False):
         return
     if not num_processes:
-        raise UserError("--shard divides models among processes: start by torchrun, or drop it")
+        raise UserError("--shard needs processes: start by torchrun, or give --shard false")
     for flag in ("compile", "lora_rank", "reward_device"):
         if getattr(cfg, flag):
             raise UserError(f"--shard and --{flag.replace('_', '-')} don't go together; drop one")

@@ -12,6 +12,7 @@ import sys
 import types
 
 import torch
+from transformers.models.llama import modeling_llama
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,9 +22,9 @@ from plumbing import cli, processes  # noqa: E402
 
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
-for module in (common, ppo):  # where it is named; the libraries must go on to know what it is
+for module in (common, ppo, modeling_llama):  # where it is named; other libraries must go on to know what it is
     module.torch = types.ModuleType("torch")
-    vars(module.torch).update(vars(torch), float32=torch.float64)
+    vars(module.torch).update(vars(torch), float32=torch.float64, float=torch.float64)
 
 meet, part = processes.meet, processes.part
 processes.part = lambda: None

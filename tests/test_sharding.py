@@ -24,14 +24,15 @@ DRIVER = f"""
 import inspect, json, os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+from transformers.models.llama import modeling_llama
 import common, ppo
 from plumbing import cli, processes
 
 class Double:
     def __getattr__(self, name):
-        return getattr(torch, {{"float32": "float64"}}.get(name, name))
+        return getattr(torch, {{"float32": "float64", "float": "float64"}}.get(name, name))
 
-ppo.torch = common.torch = Double()
+ppo.torch = common.torch = modeling_llama.torch = Double()
 torch.Tensor.float = torch.Tensor.double
 torch.set_default_dtype(torch.float64)
 make, rewards, calls = ppo.make_optimizer, ppo.kl_shaped_rewards, []
@@ -151,7 +152,7 @@ def test_a_divided_run_that_failed_goes_on_to_the_last_bit_and_alone_but_for_rou
 
 
 def test_what_can_not_be_divided_is_refused(run_stage, tmp_path):
-    refused(run_stage(ppo, "--shard", "--output", tmp_path / "out"), "ppo", "start by torchrun")
+    refused(run_stage(ppo, "--shard", "--output", tmp_path / "out"), "ppo", "start by torchrun, or give --shard false")
     for changes, words in (({"compile": True}, "--compile"), ({"lora_rank": 8}, "--lora-rank"), ({"minibatch_size": 16, "batch_size": 32}, "--minibatch-size 16 among 3")):
         with pytest.raises(common.UserError, match=words):
             sharding.check(ppo.Config(shard=True, **changes), 3)
