@@ -6,6 +6,7 @@ Rank 0 alone locks the folder, prints, logs and saves.
 """
 
 import datetime
+import math
 import os
 import re
 
@@ -73,13 +74,25 @@ def add_up(models, numbers):
     for weight in weights:
         if weight.grad is None:  # of a process that had no rows
             weight.grad = torch.zeros_like(weight)
-    sums = [dist.all_reduce(weight.grad, async_op=True) for weight in weights]
+    for bucket in _buckets(weights):  # one sum of many small gradients: each takes its time
+        whole = common.total(torch.cat([weight.grad.flatten() for weight in bucket]))
+        for weight, part in zip(bucket, whole.split([weight.numel() for weight in bucket])):
+            weight.grad.copy_(part.view_as(weight))
     own = [torch.as_tensor(x, dtype=torch.float64, device=_device()) for x in numbers.values()]
     whole = common.total(torch.stack(own)).tolist()
-    for each in sums:
-        each.wait()
     back = lambda old, new: torch.full_like(old, new) if torch.is_tensor(old) else new
     return {name: back(old, new) for (name, old), new in zip(numbers.items(), whole)}
+
+
+def _buckets(weights, size=2**24):
+    """Lists of weights with about `size` numbers together."""
+    buckets, held = [], math.inf
+    for weight in weights:
+        if held + weight.numel() > size:
+            buckets, held = [*buckets, []], 0
+        buckets[-1].append(weight)
+        held += weight.numel()
+    return buckets
 
 
 def agree(number):
