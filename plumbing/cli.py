@@ -245,6 +245,9 @@ def command_line():
         try:
             yield
             processes.part()
+        except SystemExit:  # of a run that was asked to stop, or had nothing to do
+            processes.part()
+            raise
         except (RuntimeError, MemoryError, FloatingPointError) as error:
             if not is_out_of_memory(error):
                 at_error.clear()  # who knows what state the models are in
@@ -278,8 +281,8 @@ def _explain(error):
         what = "an index was out of range on the GPU, or no number; --device cpu says where"
         return f"{now_in['phase']} failed {when}: {what}"
     if processes.is_lost(error):
-        how = f"what is saved is whole: {resume_command(now_in['cfg'])}"
-        return f"another process of the run has ended {when}; {how}"
+        how = f"; what is saved is whole: {resume_command(now_in['cfg'])}" if step else ""
+        return f"another process of the run has ended {when}{how}"
     if is_out_of_memory(error):
         cfg, phase = now_in["cfg"], now_in["phase"]
         sizes = " ".join(f"{flag_of(name)} {getattr(cfg, name)}" for name in SIZES if cfg)

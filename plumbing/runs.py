@@ -69,6 +69,7 @@ class Run:
             adapters.import_peft()
         self.folder, self.source, self.state = folders.claim(cfg), None, {}
         self.keep_state, may_change = num_steps is not None, {*MAY_CHANGE, *may_change}
+        processes.wait()  # rank 0 has tidied up
         if cfg.resume:
             self.source, self.state = folders.read_state(self.folder, cfg, may_change)
         processes.wait()  # all have read it, before rank 0 writes
@@ -121,6 +122,7 @@ class Run:
         """The folder with its logs: new, or as they were at the checkpoint."""
         self.writer = None
         if processes.RANK > 0:  # its log is nowhere
+            self.state = {}
             return
         if not self.done:  # a new run, --overwrite, or nothing was saved before
             folders.clear(self.folder, self.cfg)
