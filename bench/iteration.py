@@ -77,9 +77,9 @@ def model_config(shape):
             n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads,
             n_inner=shape.intermediate, n_positions=length, **common,
         )
-    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
-    return config_class[shape.family](
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+    # Qwen2 is a Llama with biases; under its own name this tokenizer would be read as Qwen2's.
+    return transformers.LlamaConfig(
+        attention_bias=shape.family == "qwen2", hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads, max_position_embeddings=length, **common,
     )
