@@ -146,7 +146,8 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 # that of Huang et al. 2024 for 1 to 7 B; what lies between was not.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
 # What --resume may be given anew; --iterations changes the learning rates still to come.
-MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "shard")
+MAY_CHANGE = ("iterations", "eval_every", "explain")
+MAY_CHANGE += ("attention", "compile", "shard", "reward_device")  # where and how it runs
 
 
 def check_config(cfg):
@@ -558,7 +559,7 @@ def load_models(cfg, tokenizer, rows, device):
     longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
     for model in (policy, *(scorer.model for scorer in scorers if scorer.reads_tokens)):
         common.check_context(model, longest)
-    others = cli.pick_device(cfg.reward_device) if cfg.reward_device else device
+    others = cli.pick_device(cfg.reward_device or cfg.device, "--reward-device")
     dtype = "bf16" if cfg.dtype == "auto" and device.type == "cuda" else cfg.dtype  # of all alike
     for model in (policy, ref_policy, critic, *(scorer.model for scorer in scorers)):
         if model is not None:  # functions have none

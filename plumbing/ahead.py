@@ -19,10 +19,7 @@ def pick_device(name):
     """The torch.device of --sampler-device."""
     if processes.IS_TORCHRUN:
         raise UserError("--sampler-device is for one process; leave it out with torchrun")
-    try:
-        return cli.pick_device(name)
-    except UserError as error:
-        raise UserError(str(error).replace("--device", "--sampler-device")) from None
+    return cli.pick_device(name, "--sampler-device")
 
 
 class Sampler:

@@ -105,7 +105,7 @@ def parse_args(config_class, description, argv=None):
             raise UserError(f"{flag} is given twice; give all its values at once: {flag} A B")
     namespace, unknown = parser.parse_known_args(given)
     saved = pathlib.Path(namespace.output) / "args.json"
-    if namespace.resume and saved.is_file():
+    if getattr(namespace, "resume", False) and saved.is_file():
         parser.set_defaults(**read_args(saved, config_class))
         namespace, unknown = parser.parse_known_args(given)
     if unknown:
@@ -160,17 +160,17 @@ def trainable(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def pick_device(name):
-    """The torch.device of --device; 'auto' is the first CUDA GPU, or else the CPU."""
+def pick_device(name, flag="--device"):
+    """The torch.device of a flag; 'auto' is the first CUDA GPU, or else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not known; use auto, cpu, cuda or cuda:1")
+        raise UserError(f"{flag} {name} is not known; use auto, cpu, cuda or cuda:1")
     try:
         return torch.zeros(1, device=processes.device_of(name)).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device {name} can't be used: {reason}") from None
+        raise UserError(f"{flag} {name} can't be used: {reason}") from None
 
 
 def warn_of_bf16(cfg, device):

@@ -58,7 +58,7 @@ def divide(model, cfg):
 
 def fill_up(rows, cfg):
     """With --shard, the rows and the first of them again, until all processes can have as many."""
-    num_more = -len(rows) % dist.get_world_size() if cfg.shard else 0
+    num_more = -len(rows) % dist.get_world_size() if getattr(cfg, "shard", False) else 0
     return [rows[i % len(rows)] for i in range(len(rows) + num_more)]
 
 

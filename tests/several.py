@@ -34,4 +34,5 @@ for number, (stage, *flags) in enumerate(json.loads(pathlib.Path(sys.argv[1]).re
     with cli.command_line():
         module.main(cli.parse_args(module.Config, ""))
     processes.meet = lambda cfg, device: None
+assert processes.agree(processes.RANK) == processes.COUNT - 1  # the greatest
 part()

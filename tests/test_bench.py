@@ -84,7 +84,7 @@ def test_bad_arguments_end_in_one_line_before_anything_runs(argv, words, capsys,
 
 @pytest.mark.parametrize("flags, device", [(["--lr", "1", "--device", "cpu"], "cpu"), (["--device=cuda:1"], "cuda:1"), ([], "cuda:0")])
 def test_the_device_is_that_of_ppos_own_flag(flags, device, monkeypatch):
-    monkeypatch.setattr(iteration.cli, "pick_device", lambda name: torch.device("cuda:0" if name == "auto" else name))
+    monkeypatch.setattr(iteration.cli, "pick_device", lambda name, flag=None: torch.device("cuda:0" if name == "auto" else name))
     assert iteration.device_of(flags) == torch.device(device)
 
 

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from conftest import DEMONSTRATIONS, PREFERENCES, PROMPTS, ROOT, read_rows, write_rows
 from test_resume import TIMES, contents
+from test_rewards import save_encoder
 
 import common
 from plumbing import processes
@@ -54,6 +55,7 @@ def results(world, tmp_path_factory):
     write_rows(folder / "sft.jsonl", DEMONSTRATIONS[:17])  # a last batch of one row
     write_rows(folder / "pairs.jsonl", PREFERENCES[:17])
     (folder / "lengths.py").write_text(LENGTHS)
+    save_encoder(folder / "encoder")  # reads texts
     data = lambda name: ["--model", folder / "sft", "--data", folder / name, "--eval-data", folder / name, "--batch-size", 8,
                          "--microbatch-size", 2, "--epochs", 1, "--lr", 1e-3, "--device", "cpu"]
     commands = {
@@ -61,6 +63,7 @@ def results(world, tmp_path_factory):
         "gae": ppo_flags(folder), "adaptive": ppo_flags(folder, "--kl-target", 0.01, "--kl-coef", 0.3, "--max-approx-kl", 1e-3),
         "shared": ppo_flags(folder, "--critic", "shared", "--advantage", "bandit", "--entropy-coef", 0.01),
         "function": ppo_flags(folder, "--reward", f"{folder / 'lengths.py'}:reward", folder / "reward_model", "--judge", f"{folder / 'lengths.py'}:reward"),
+        "elsewhere": ppo_flags(folder, "--reward", folder / "encoder"),
     }
     for count in (1, 3):
         named = [[*command, "--output", folder / f"{count}" / name] for name, command in commands.items()]
@@ -74,7 +77,7 @@ def results(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["sft", "reward_model", "gae", "adaptive", "shared", "function"])
+@pytest.mark.parametrize("name", ["sft", "reward_model", "gae", "adaptive", "shared", "function", "elsewhere"])
 def test_three_processes_change_no_metric_and_no_weight(name, results):
     one, many = results / "1" / name, results / "3" / name
     rows, others = read_rows(one / "metrics.jsonl"), read_rows(many / "metrics.jsonl")
