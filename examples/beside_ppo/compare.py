@@ -37,7 +37,8 @@ from dataclasses import dataclass
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
-SFT, REWARD_MODEL, DPO = "sft.py", "reward_model.py", "examples/beside_ppo/dpo.py"
+SFT, REWARD_MODEL, PPO = "sft.py", "reward_model.py", "ppo.py"
+DPO, TRL = "examples/beside_ppo/dpo.py", "examples/beside_ppo/trl_ppo.py"
 NUM_SAMPLES = 4  # to each prompt, of what is measured; best of n has more
 BEST_OF = 256  # samples to each prompt for best of n
 
@@ -55,25 +56,26 @@ class Method:
 
 
 METHODS = {
-    "PPO": Method("ppo.py", "--kl-coef", (0.05, 0.1, 0.15, 0.3)),
-    "PPO, KL target": Method("ppo.py", "--kl-target", (1.0, 2.0, 4.0, 8.0)),
-    "RLOO": Method("ppo.py", "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo.patch"),
-    "KL in the loss": Method("ppo.py", "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss.patch"),
+    "PPO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3)),
+    "PPO, KL target": Method(PPO, "--kl-target", (1.0, 2.0, 4.0, 8.0)),
+    "RLOO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo.patch"),
+    "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss.patch"),
     "DPO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "dpo")),
     "IPO": Method(DPO, "--beta", (0.01, 0.03, 0.1, 0.3), ("--loss", "ipo")),
-    "KTO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "kto")),
+    "KTO": Method(DPO, "--beta", (0.1, 0.3, 1.0, 3.0), ("--loss", "kto")),
 }
 KNOBS = {  # of PPO, one at a time: with --methods; the defaults are those of PPO with 0.15
-    "lam": Method("ppo.py", "--lam", (0.9, 1.0)),
-    "epochs": Method("ppo.py", "--ppo-epochs", (2, 8)),
-    "minibatch": Method("ppo.py", "--minibatch-size", (16, 64, 128)),
-    "lr": Method("ppo.py", "--lr", (1e-4, 5e-4, 1e-3)),
-    "critic lr": Method("ppo.py", "--critic-lr", (1e-4, 1e-3, 3e-3)),
-    "clip": Method("ppo.py", "--clip-eps", (0.1, 0.4)),
-    "value clip": Method("ppo.py", "--value-clip-eps", (0.1, 100.0)),
-    "iterations": Method("ppo.py", "--iterations", (60,)),
+    "lam": Method(PPO, "--lam", (0.9, 1.0)),
+    "epochs": Method(PPO, "--ppo-epochs", (2, 8)),
+    "minibatch": Method(PPO, "--minibatch-size", (16, 64, 128)),
+    "lr": Method(PPO, "--lr", (1e-4, 5e-4, 1e-3)),
+    "critic lr": Method(PPO, "--critic-lr", (1e-4, 1e-3, 3e-3)),
+    "clip": Method(PPO, "--clip-eps", (0.1, 0.4)),
+    "value clip": Method(PPO, "--value-clip-eps", (0.1, 100.0)),
+    "iterations": Method(PPO, "--iterations", (60,)),
 }
-ALL = METHODS | KNOBS
+PEER = {"TRL's PPO": Method(TRL, "--kl-coef", (0.15,))}  # needs trl; the embedded world only
+ALL = METHODS | KNOBS | PEER
 
 
 @dataclass(frozen=True)
@@ -315,11 +317,12 @@ def jobs_of(world, work, seed, method=None, coefficient=None, look=True):
         command += [*pairs, "--response-length", str(world.response_length), "--judge", world.judge]
         command += ["--eval-prompts", str(world.data / "heldout_prompts.jsonl")]
     else:
-        command += ["--reward", str(reward_model), *world.ppo]
-        command += ["--response-length", str(world.response_length)]
-    if not look:
+        command += ["--reward", str(reward_model)]
+    if of.script == PPO:
+        command += [*world.ppo, "--response-length", str(world.response_length)]
+    if of.script != TRL and not look:
         command += ["--eval-every", "1000000"]
-    slug = f"{method}_{coefficient:g}".replace(", ", "_").replace(" ", "_")
+    slug = re.sub(r"[^\w.]+", "_", f"{method}_{coefficient:g}")
     job = {"kind": "policy", "folder": folder / slug, "command": command}
     root = work / of.fork.removesuffix(".patch") if of.fork else ROOT
     return base | job | {"root": root, "name": f"seed {seed}: {method} {coefficient:g}"}
@@ -464,7 +467,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=ALL, default=list(METHODS))
     parser.add_argument("--stories", nargs=2, metavar=("MODEL", "JSONL"), help="a real model")
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     work = pathlib.Path(args.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
     world = story_world(work, *args.stories) if args.stories else embedded_world(work)

@@ -85,7 +85,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 
     loss: Literal["dpo", "ipo", "kto"] = arg("dpo", "eq. 2, 3 or 4", heading="optimisation")
     beta: float = arg(0.1, "weight of the KL; 0.01 to 1", 1e-9)
-    epochs: int = arg(1, "passes over the pairs; 1 to 3", 1)
+    epochs: int = arg(3, "passes over the pairs; 1 if pretrained", 1)
     batch_size: int = arg(32, "pairs per optimizer step", 1)
     microbatch_size: int = arg(32, "pairs per forward pass; memory only, same gradient", 1)
     lr: float | None = arg(None, "peak learning rate; else by size, see LR_BY_SIZE", 0, 1)
@@ -96,7 +96,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 
 # Learning rates by number of parameters: the first was measured here, the last is of the size of
 # those that Rafailov et al. 2023 (1e-6, for 2.8 B parameters) and most recipes since have used.
-LR_BY_SIZE = ((10e6, 3e-4), (1e9, 5e-6), (math.inf, 1e-6))  # (parameters below, learning rate)
+LR_BY_SIZE = ((10e6, 5e-4), (1e9, 5e-6), (math.inf, 1e-6))  # (parameters below, learning rate)
 FORMATS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]  # the keys of a row
 
 
