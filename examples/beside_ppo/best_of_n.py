@@ -139,7 +139,7 @@ def main(cfg):
     for n in [2**i for i in range(cfg.n.bit_length())]:
         true = "" if truths is None else f"{best_of(scores, truths, n).mean():>14.3f}"
         print(f"{n:>6}{kl_bound(n):>14.2f}{best_of(scores, scores, n).mean():>10.3f}{true}")
-    lines = [
+    lines = [  # eq. 1
         {"prompt": row["prompt"], "completion": some[best], "score": own[best].item()}
         for row, some, own, best in zip(rows, texts, scores, scores.argmax(1).tolist())
     ]
