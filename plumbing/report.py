@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 
 import torch
 
@@ -34,7 +35,13 @@ def print_tokens(tokenizer, model, prompt, response=()):
     line = "  =>  ".join(texts)
     line = line if len(line) <= 240 else f"{line[:150]} ... {line[-80:]}"
     pad_token = f"{tokenizer.pad_token_id} {tokenizer.pad_token}"
-    print(f"  EOS {eos}; pad {pad_token}; a row:\n    {line}")
+    print(f"  EOS {eos}; pad {pad_token}; a row:\n{_wrapped(f'    {line}')}")
+
+
+def _wrapped(text):
+    """A text of two or more lines where it is longer than a screen is wide."""
+    fill = lambda line: textwrap.fill(line, 100, subsequent_indent="      ")
+    return "\n".join(map(fill, text.splitlines()))
 
 
 def supervised_start(cfg, role, model, what, num_examples, num_held_out, optimizer):
@@ -72,10 +79,10 @@ def ppo_start(cfg, policy, ref_policy, critic, scorers, lrs, tokenizer, rows, ev
         f"  weights, gradients and Adam's moments take {memory / 1e9:.3g} GB\n"
         f"  {cfg.iterations} iterations x {cfg.batch_size} prompts = "
         f"{cfg.iterations * cfg.batch_size} episodes, from {len(rows)} prompts; "
-        f"{len(eval_rows)} held out; judge: {cfg.judge or 'none'}\n"
+        f"{len(eval_rows)} held out\n  judge: {cfg.judge or 'none'}\n"
         f"  {cfg.ppo_epochs} epochs x {num_minibatches} minibatches of {cfg.minibatch_size} = "
-        f"{cfg.ppo_epochs * num_minibatches} optimizer steps per iteration, each in {num_micro} "
-        f"micro-batches of up to {cfg.microbatch_size}\n"
+        f"{cfg.ppo_epochs * num_minibatches} optimizer steps per iteration,\n"
+        f"    each in {num_micro} micro-batches of up to {cfg.microbatch_size}\n"
         f"  lr {', critic lr '.join(f'{lr:g}' for lr in lrs)} (by model size, unless given)"
     )
     print_tokens(tokenizer, policy, rows[0].prompt_ids)
@@ -105,7 +112,7 @@ def sft_result(loss_before, loss, model, tokenizer, examples):
     responses, _ = common.generate_responses(model, tokens, mask, length, temperature=1.0)
     for prompt_ids, response in zip(prompts, responses):
         print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
-        print(f"    ->{common.decode(tokenizer, prompt_ids, response.tolist())}")
+        print(_wrapped(f"    ->{common.decode(tokenizer, prompt_ids, response.tolist())}"))
 
 
 def reward_model_result(row, calibration, drift):
@@ -135,7 +142,7 @@ def ppo_result(cfg, baseline, samples):
         for name, sample in (("SFT", old), ("PPO", new)):
             truth = sample["true_reward"]
             truth = "" if truth is None else f", true {truth:.2f}"
-            print(f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}")
+            print(_wrapped(f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}"))
     prompt = samples[0]["prompt"]
     prompt = prompt[:66] if isinstance(prompt, str) else [prompt[-1]]
     print(f'''
@@ -143,3 +150,6 @@ wrote {cfg.output}, an ordinary Hugging Face folder; to load and try it:
     from transformers import pipeline
     generate = pipeline("text-generation", "{cfg.output}")
     print(generate({json.dumps(prompt, ensure_ascii=False)}, max_new_tokens=64))''')
+    if not isinstance(prompt, str):
+        print(f"to talk to it: transformers serve {cfg.output}, then transformers chat {cfg.output}")
+    print(f"its curves: python plot.py {cfg.output}")

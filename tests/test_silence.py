@@ -477,3 +477,14 @@ def test_layers_that_the_config_drops_and_an_eos_beyond_the_vocabulary_are_said(
     model.generation_config.eos_token_id = 99_999
     with pytest.raises(common.UserError, match="eos_token_id is .99999."):
         common.eos_token_ids(tokenizer, model)
+
+
+def test_what_a_run_prints_fits_100_columns(world, tmp_path, run_stage):
+    """But for paths, which are as long as they are, and warnings, which are one line each so that they can be searched for."""
+    (tmp_path / "mine.py").write_text("def one(prompts, responses, rows):\n    return [1.0] * len(rows)\n")
+    flags = ["--policy", world / "sft", "--reward", world / "reward_model", f"{tmp_path / 'mine.py'}:one", "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl",
+             "--judge", f"{tmp_path / 'mine.py'}:one", "--iterations", 1, "--batch-size", 8, "--minibatch-size", 4, "--response-length", 60, "--device", "cpu", "--output", tmp_path / "out"]
+    status, out, err = run_stage(ppo, *flags)
+    assert status == 0, err
+    long = [line for line in out.splitlines() if len(line) > 100 and not line.startswith("warning") and str(tmp_path) not in line and str(world) not in line]
+    assert not long and "python plot.py" in out, long

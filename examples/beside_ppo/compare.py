@@ -18,6 +18,7 @@ it (needs matplotlib) and prints the table.
 
 import argparse
 import concurrent.futures
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -458,6 +459,18 @@ def draw(result, path):
     pyplot.close(figure)
 
 
+def machine():
+    """What made the numbers: command, versions, commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "command": " ".join(["python", *sys.argv]), "commit": commit.stdout.strip(),
+        "versions": {"python": platform.python_version()} | versions,
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="ckpt/beside_ppo", help="folder for all runs")
@@ -472,15 +485,7 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     world = story_world(work, *args.stories) if args.stories else embedded_world(work)
     result = compare(world, work, args.seeds, args.jobs, args.methods)
-    from importlib.metadata import version
-
-    machine = {
-        "command": " ".join(["python", *sys.argv]), "versions": {
-            "python": platform.python_version(), "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
-    }
-    pathlib.Path(args.output).write_text(json.dumps(machine | result, indent=1))
+    pathlib.Path(args.output).write_text(json.dumps(machine() | result, indent=1) + "\n")
     print_table(result)
     if importlib.util.find_spec("matplotlib"):
         draw(result, pathlib.Path(args.output).with_suffix(".png"))
