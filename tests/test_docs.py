@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "bench" / "README.md")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "bench" / "README.md")
 }
 DOCS = {name: PAGES[name] for name in ("README.md", "docs/data.md", "docs/running.md")}
 DOCS |= {f"{name}.py": module.__doc__ for name, module in STAGES.items()}
