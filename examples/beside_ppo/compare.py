@@ -41,7 +41,6 @@ sys.path.insert(0, str(ROOT))
 SFT, REWARD_MODEL, PPO = "sft.py", "reward_model.py", "ppo.py"
 DPO, TRL = "examples/beside_ppo/dpo.py", "examples/beside_ppo/trl_ppo.py"
 NUM_SAMPLES = 4  # to each prompt, of what is measured; best of n has more
-BEST_OF = 256  # samples to each prompt for best of n
 
 
 # === What is compared =============================================================================
@@ -90,6 +89,7 @@ class World:
     pairs: tuple = ()  # of reward_model.py and dpo.py
     ppo: tuple = ()
     makes_pairs: bool = False
+    best_of: int = 256  # samples to each prompt for best of n
 
 
 def embedded_world(work):
@@ -126,7 +126,7 @@ def story_world(work, model, stories):
     sft = ("--model", model, "--data", data("demonstrations"), "--epochs", "3", "--lr", "1e-3")
     judge = f"{HERE / 'cheerful.py'}:cheerful"
     ppo = ("--prompts", data("pair_prompts"), "--eval-prompts", data("heldout_prompts"))
-    return World(work, judge, 96, sft, (), (*ppo, "--judge", judge), makes_pairs=True)
+    return World(work, judge, 96, sft, (), (*ppo, "--judge", judge), makes_pairs=True, best_of=64)
 
 
 def write_rows(path, rows):
@@ -241,11 +241,12 @@ def measure_best_of_n(job):
 
     _, policy, _, tokenizer, scorers, judge = load(job, job["seed_folder"] / "sft")
     torch.manual_seed(job["seed"])
-    cfg = best_of_n.Config(n=BEST_OF, response_length=job["world"].response_length, batch_size=512)
+    world = job["world"]
+    cfg = best_of_n.Config(n=world.best_of, response_length=world.response_length, batch_size=512)
     rows = prompt_rows(job, "heldout", tokenizer)
     _, scores, truths = best_of_n.sample_all(cfg, policy, tokenizer, scorers, judge, rows)
     mean = lambda values, n: best_of_n.best_of(scores, values, n).mean().item()
-    numbers = [2**i for i in range(BEST_OF.bit_length())]
+    numbers = [2**i for i in range(world.best_of.bit_length())]
     return {
         "best_of": [
             {"n": n, "kl": best_of_n.kl_bound(n), "score": mean(scores, n),
@@ -399,7 +400,8 @@ def print_table(result):
         memory = statistics.fmean(run["peak_memory_gb"] for run in timed)
         what = f"{method['flag']} {method['chosen']:g}"
         line(name, what, runs.values(), f"{seconds:>8.0f}{memory:>6.2f}{len(runs):>7}")
-    for i in (2, 4, 6, 8):
+    number = len(next(iter(result["best_of_n"].values())))
+    for i in range(2, number, 2):
         rows = [rows[i] for rows in result["best_of_n"].values()]
         numbers = [spread(row[key] for row in rows) for key in ("true_reward", "score")]
         print(f"{'best of n':<18}{'n = ' + str(2**i):<18}{numbers[0]:>14}"
