@@ -308,4 +308,5 @@ def resume_command(cfg):
     nodes = processes.COUNT // processes.LOCAL_COUNT
     many = f"--nproc-per-node {processes.LOCAL_COUNT} " + (f"--nnodes {nodes} ... " * (nodes > 1))
     start = f"torchrun {many}" if processes.IS_TORCHRUN else "python "
-    return f"{start}{pathlib.Path(sys.argv[0]).name} --resume --output {shlex.quote(cfg.output)}"
+    script = os.path.relpath(sys.argv[0])  # as it was called, from the folder that it was called in
+    return f"{start}{shlex.quote(script)} --resume --output {shlex.quote(cfg.output)}"

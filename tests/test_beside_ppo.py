@@ -319,3 +319,8 @@ def test_the_table_has_the_chosen_coefficient_with_its_spread_and_the_picture_is
     pytest.importorskip("matplotlib")
     compare.draw(fake_result(), tmp_path / "picture.png")
     assert pathlib.Path(tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_command_that_goes_on_names_the_script_as_it_was_called(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["examples/beside_ppo/dpo.py", "--loss", "ipo"])
+    assert cli.resume_command(dpo.Config(output="ckpt/ipo")) == "python examples/beside_ppo/dpo.py --resume --output ckpt/ipo"
