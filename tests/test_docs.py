@@ -1,5 +1,6 @@
 """The documentation against the code: paths, flags, functions, metrics, commands, equations."""
 
+import calendar
 import dataclasses
 import re
 import shlex
@@ -25,7 +26,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "bench" / "README.md")
+    for path in (*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "bench" / "README.md")
 }
 DOCS = {name: PAGES[name] for name in ("README.md", "docs/data.md", "docs/running.md")}
 DOCS |= {f"{name}.py": module.__doc__ for name, module in STAGES.items()}
@@ -48,6 +49,39 @@ def commands_of(page):
     return [part.strip() for line in lines if not line.startswith(("for ", "done")) for part in re.split(r" && (?=python|git|pip|\.)", line) if part.strip()]
 
 
+KEPT = (  # numbers with their sign and %; s_chosen, V_{t+1}; Greek letters; operators
+    r"(?:(?<![\w)])[-−])?\d+(?:[.,]\d+)*(?:e-?\d+)?%?|[A-Za-zΑ-ω]_[a-z0-9{+}]+|[Α-ω][₀-₉]?|[=±−+‖½²]"
+)
+MONTH = "|".join(calendar.month_name[1:])
+
+
+def kept(text):
+    """What a translation keeps of some prose: its links, code spans, numbers and symbols. Words may change their order."""
+    text = text.replace(".zh-CN", "")
+    links = sorted(re.findall(r"\]\(([^)#\s]*)", text))
+    text = re.sub(r"(?<=\])\([^)]*\)", "", text)
+    spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
+    text = re.sub(r"`[^`]+`", "", text)
+    text = re.sub(rf"({MONTH}) (?=\d{{4}})", lambda match: f"{list(calendar.month_name).index(match[1])} ", text)
+    return links, spans, sorted(re.findall(KEPT, text))
+
+
+def pieces_of(page):
+    """Each heading, table row, quote and code block, and the prose between: (its kind, what a translation keeps of it)."""
+    pieces = []
+    for text in re.split(r"(^```.*?^```$|^#+ [^\n]*|^\|[^\n]*|(?:^> [^\n]*\n)+)", PAGES[page], flags=re.M | re.S):
+        kind = re.match(r"```|#+ |\||> |", text)[0]
+        code = re.sub(r"(^|[ \t]+)# .*", "", text, flags=re.M) if kind == "```" else text.count("|")
+        prose = "\n".join(re.findall(r"(?:^|\s)# (.*)", text)) if kind == "```" else text
+        pieces.append((kind, code, *kept(prose)))
+    return pieces
+
+
+def english_of(page):
+    """The English sentences of a page; of a Chinese page, what was left as some program printed it."""
+    return set(re.findall(r"[A-Z][a-z]+(?: [a-z,']+)+[.!?]", " ".join(PAGES[page].split())))
+
+
 def flags_of(module):
     return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Config)}
 
@@ -67,6 +101,16 @@ def test_every_link_of_a_page_leads_to_a_file(page):
     for link in links:
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
     assert page != "README.md" or len(links) > 8
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ".zh-CN" in page])
+def test_a_chinese_page_has_the_code_numbers_symbols_and_links_of_the_english_one(page):
+    original = page.replace(".zh-CN", "")
+    ours, theirs = pieces_of(page), pieces_of(original)
+    assert [piece[0] for piece in ours] == [piece[0] for piece in theirs]
+    for piece, other in zip(ours, theirs):
+        assert piece == other
+    assert english_of(page) <= english_of(original)
 
 
 @pytest.mark.parametrize("page", PAGES)
