@@ -1,12 +1,13 @@
 """One batch of ppo.py from prompt to optimizer step: the pictures and numbers of docs/one_batch.md.
 
     python docs/one_batch.py --device cpu      after python sft.py and python reward_model.py
+    python docs/one_batch.py --redraw          after a change of a template or a picture
 
 Runs ppo.main() itself and listens at its functions, so what is shown is the loop's own iteration
 and not a copy's. Nothing is drawn from the run's random numbers: without a listener it would have
-come out the same. All flags are those of ppo.py, but for two of its own, which --help names.
+come out the same. It takes the flags of ppo.py and some of its own.
 
-Writes    one_batch/numbers.json, one_batch/*.png and, from each *.template.md, the page beside it
+Writes    one_batch/numbers.json, one_batch/*.png, and a page from each one_batch*.template.md
 Needs     matplotlib, for the pictures only: pip install matplotlib
 """
 
@@ -19,10 +20,11 @@ import plumbing  # noqa: E402, F401 - first: Ctrl-C while torch loads is no trac
 
 import argparse
 import contextlib
+import io
 import json
 import math
-import re
 import statistics
+import string
 import tempfile
 from unittest import mock
 
@@ -41,6 +43,7 @@ SETTINGS = (
     "clip_eps", "value_clip_eps", "value_coef", "entropy_coef", "max_grad_norm", "seed",
 )
 LONGEST = 27  # tokens of the response that is shown: three lines of a picture
+COLD, DROPOUT, SMALL_LR, OPEN = 0.7, 0.1, 3e-6, 0.9  # of the probes; OPEN of `three_tokens`
 
 
 # === 1. Listening to a run ========================================================================
@@ -125,16 +128,16 @@ def probe(policy, critic, ref_policy, tokens, attention_mask, num_columns, tempe
         torch.manual_seed(0)
         policy.train()
         for layer in layers:
-            layer.attention_dropout = 0.1
+            layer.attention_dropout = DROPOUT
         dropped, _, _ = ppo.forward_responses(policy, None, *args, temperature)
         for layer in layers:
             layer.attention_dropout = 0.0
         policy.train(was_training)
-        cold = ppo.sample_responses(ref_policy, rows, num_columns, 0.7)
+        cold = ppo.sample_responses(ref_policy, rows, num_columns, COLD)
     ratio = (dropped - old).exp()[mask]
     its_args = *cold[:2], cold[2].shape[1]
     cooled, undivided = (
-        ppo.forward_responses(ref_policy, None, *its_args, t)[0] for t in (0.7, 1.0)
+        ppo.forward_responses(ref_policy, None, *its_args, t)[0] for t in (COLD, 1.0)
     )
     return {
         "exact_kl": exact.where(mask, 0.0).sum(1).tolist(),
@@ -146,7 +149,7 @@ def probe(policy, critic, ref_policy, tokens, attention_mask, num_columns, tempe
 
 @torch.no_grad()
 def probe_rounding(before, after):
-    """The first optimizer step of each weight that moved, and the weight itself: (weights,) each."""
+    """The weights that the first optimizer step moved, before it, and by how much: (n,) each."""
     before, after = (torch.cat([w.flatten() for w in weights]) for weights in (before, after))
     moved = before != after
     return {"weights": before[moved], "step": (after - before)[moved]}
@@ -202,7 +205,7 @@ def make_record(cfg, iteration, heard):
             "prompt_lengths": batch.attention_mask[:, :prompt_length].sum(1).tolist(),
             "ended": ended.tolist(), "kl_coef": kl_coef,
             "final_scores": [round(score, 6) for score in final_scores.tolist()],
-            "true_rewards": None if truths is None else truths.tolist(),
+            "true_rewards": truths.tolist(),
             **{name: rows_of(x, mask) for name, x in columns.items()},
             "new_logprobs": [rows_of(new_logprobs, mask) for new_logprobs, *_ in epochs],
             "minibatches": [index for index, _ in heard["steps"]],
@@ -214,13 +217,14 @@ def make_record(cfg, iteration, heard):
 
 def finish_probes(heard, lr):
     """The probes as numbers: also what bf16 weights would have missed of the first step."""
-    probes, critic = dict(heard["probes"]), heard["load_models"][1][2]
+    probes, (*_, scorers) = dict(heard["probes"]), heard["load_models"][1]
     weights, step, _ = probes.pop("weights"), probes.pop("step"), probes.pop("exact_kl")
     add = lambda step: weights.bfloat16() + step.bfloat16()
     still = lambda step: (add(step) == weights.bfloat16()).float().mean().item()
     probes["median_step"] = step.abs().median().item()
-    probes["bf16_still"], probes["bf16_still_3e-6"] = still(step), still(step * 3e-6 / lr)
-    probes["reward_mean"], probes["reward_std"] = common.score_scale(critic.config)
+    probes["bf16_still"] = still(step)
+    probes["bf16_still_small"] = still(step * SMALL_LR / lr)  # Adam's step is in proportion to it
+    probes["reward_mean"], probes["reward_std"] = common.score_scale(scorers[0].model.config)
     return probes
 
 
@@ -244,7 +248,7 @@ def one_response(cfg, heard, i):
         "special_ids": {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id},
         "position_ids": common.position_ids(attended[None])[0].tolist(),
         "score": score_parts.sum(0)[i].item(), "ended": ended[i].item(),
-        "true_reward": None if truths is None else truths[i].item(),
+        "true_reward": truths[i].item(),
         "logprobs": counted(batch.logprobs), "ref_logprobs": counted(batch.ref_logprobs),
         "values": counted(batch.values), "rewards": counted(rewards),
         "deltas": counted(deltas), "advantages": counted(advantages),
@@ -259,153 +263,184 @@ def flat(rows):
     return [x for row in rows for x in row]
 
 
-def ratios_of(record):
-    """The ratio of each counted token after each epoch: epochs of flat lists."""
-    batch = record["batch"]
-    old = flat(batch["logprobs"])
-    return [[math.exp(new - x) for new, x in zip(flat(rows), old)] for rows in batch["new_logprobs"]]
-
-
 def explained(values, returns):
     """1 - var(G - V) / var(G)."""
     errors = [g - v for g, v in zip(returns, values)]
-    return 1 - statistics.pvariance(errors) / (statistics.pvariance(returns) or math.nan)
+    return 1 - statistics.pvariance(errors) / statistics.pvariance(returns)
 
 
 def summary(record):
     """{name: what one_batch.template.md has under it}, from what the record holds."""
-    numbers = dict(record["settings"]) | record["probes"] | {"lr": record["metrics"]["lr"]}
-    first, last = record["history"][0], record["metrics"]
-    of_run = ("score", "score_std", "true_reward", "kl", "approx_kl", "clip_fraction", "ratio_first")
-    of_run += ("sampler_gap", "explained_variance", "eos_rate", "optimizer_steps", "entropy")
-    numbers |= {name: last[name] for name in of_run}
-    numbers |= {f"first_{name}": first[name] for name in ("score", "true_reward", "explained_variance")}
-    for i, step in (("1", record["steps"][0]), ("n", record["steps"][-1])):
-        numbers |= {f"{name}_{i}": step[name] for name in ("policy_loss", "value_loss", "policy")}
-    numbers["next_lr_share"] = 1 - record["settings"]["iteration"] / record["settings"]["iterations"]
-    return numbers | summary_of_batch(record) | summary_of_response(record) | tables(record)
+    settings, last, first = record["settings"], record["metrics"], record["history"][0]
+    of_run = ("score", "score_std", "true_reward", "kl", "approx_kl", "clip_fraction", "lr")
+    of_run += ("ratio_first", "sampler_gap", "explained_variance", "optimizer_steps")
+    numbers = settings | record["probes"] | {name: last[name] for name in of_run} | {
+        "longest": LONGEST, "cold": COLD, "dropout": DROPOUT, "small_lr": SMALL_LR, "open": OPEN,
+        "gamma_lam": settings["gamma"] * settings["lam"],
+        "updates_before": settings["iteration"] - 1,
+        "next_lr_share": 1 - settings["iteration"] / settings["iterations"],
+    }
+    for name in ("score", "true_reward", "explained_variance"):
+        numbers[f"first_{name}"] = first[name]
+    for name in ("policy_loss", "value_loss", "policy", "critic"):  # the last two are norms
+        numbers |= {f"{name}_{when}": record["steps"][i][name] for when, i in (("1", 0), ("n", -1))}
+    of_parts = (of_places, of_kl, of_advantages, of_values, of_response, of_three_tokens, of_epochs)
+    return numbers | {key: x for part in of_parts for key, x in part(record).items()}
 
 
-def summary_of_batch(record):
-    batch, settings = record["batch"], record["settings"]
-    lengths, (p, r) = [len(row) for row in batch["logprobs"]], batch["columns"]
-    count, eps_v, lam = sum(lengths), settings["value_clip_eps"], settings["lam"]
-    kls = [[x - y for x, y in zip(*rows)] for rows in zip(batch["logprobs"], batch["ref_logprobs"])]
-    summed, exact = [sum(row) for row in kls], batch["exact_kl"]
-    error = lambda xs: statistics.pstdev(xs) / math.sqrt(len(xs))
-    raw, white = flat(batch["advantages"]), flat(batch["whitened"])
-    values, new_values = flat(batch["values"]), flat(batch["new_values"])
-    returns = [a + v for a, v in zip(raw, values)]
-    far = [abs(new - v) > eps_v for new, v in zip(new_values, values)]
-    kept = [  # as eq. 6 has it: V_old +- eps_v is the worse guess, and it does not depend on V
-        abs(v + math.copysign(eps_v, new - v) - g) > abs(new - g) and is_far
-        for v, new, g, is_far in zip(values, new_values, returns, far)
-    ]
-    means = [statistics.mean(flat(batch["whitened"][i] for i in rows))
-             for rows in batch["minibatches"][: settings["batch_size"] // settings["minibatch_size"]]]
-    truths = batch["true_rewards"] or [0.0, 1.0] * (len(lengths) // 2)
-    deviation = lambda lam: statistics.pstdev(flat(advantages_of(batch, settings["gamma"], lam)))
+def of_places(record):
+    """Columns, lengths, padding."""
+    batch, one = record["batch"], record["response"]
+    lengths, prompts = [*map(len, batch["values"])], batch["prompt_lengths"]
+    (p, r), of_prompt = batch["columns"], prompts[one["row"]]
     return {
-        "P": p, "R": r, "N": count, "cells": r * len(lengths), "padding_share":
-        1 - (count + sum(batch["prompt_lengths"])) / ((p + r) * len(lengths)),
-        "shortest_prompt": min(batch["prompt_lengths"]), "longest_prompt": max(batch["prompt_lengths"]),
-        "shortest": min(lengths), "mean_length": count / len(lengths),
+        "P": p, "R": r, "before_P": p - 1, "N": sum(lengths), "places": r * len(lengths),
+        "padding_share": 1 - (sum(lengths) + sum(prompts)) / ((p + r) * len(lengths)),
+        "shortest_prompt": min(prompts), "longest_prompt": max(prompts),
         "num_ended": sum(batch["ended"]), "num_cut": len(lengths) - sum(batch["ended"]),
-        "kl_error": error(summed), "exact_kl": statistics.mean(exact), "exact_kl_error": error(exact),
-        "kl_per_token": sum(summed) / count, "negative_tokens": sum(x < 0 for x in flat(kls)) / count,
-        "negative_responses": sum(x < 0 for x in summed), "lowest_kl": min(summed),
-        "mean_advantage": statistics.mean(raw), "deviation": statistics.pstdev(raw),
-        "white_mean": abs(round(statistics.mean(white), 3)), "white_deviation": statistics.pstdev(white),
-        "sign_changed": sum((a > 0) != (w > 0) for a, w in zip(raw, white)) / count,
-        "lowest_minibatch_mean": min(means), "highest_minibatch_mean": max(means),
-        "explained_after": explained(new_values, returns),
-        "values_far": sum(far) / count, "values_kept": sum(kept) / count,
-        "correlation": statistics.correlation(batch["final_scores"], truths),
-        "deviation_0": deviation(0.0), "deviation_lam": deviation(lam), "deviation_1": deviation(1.0),
+        "prompt_pads": p - of_prompt, "prompt_tokens": of_prompt,
+        "pads_behind": r - len(one["ids"]),
     }
 
 
-def advantages_of(batch, gamma, lam):
-    """Eq. 2 with another lambda: of each row a list."""
+def of_kl(record):
+    """Two estimates of the KL per response and their standard errors; its signs."""
+    batch = record["batch"]
+    pairs = zip(batch["logprobs"], batch["ref_logprobs"])
+    kls = [[x - y for x, y in zip(*pair)] for pair in pairs]
+    summed, exact = [*map(sum, kls)], batch["exact_kl"]
+    error = lambda xs: statistics.pstdev(xs) / math.sqrt(len(xs))
+    return {
+        "kl_error": error(summed), "exact_kl": statistics.mean(exact),
+        "exact_kl_error": error(exact), "kl_per_token": statistics.mean(flat(kls)),
+        "negative_tokens": statistics.mean(x < 0 for x in flat(kls)),
+        "negative_responses": sum(x < 0 for x in summed), "lowest_kl": min(summed),
+    }
+
+
+def of_advantages(record):
+    """Before and after whitening, by minibatch, and what other lambdas would give."""
+    batch, settings = record["batch"], record["settings"]
+    raw, white = flat(batch["advantages"]), flat(batch["whitened"])
+    first_epoch = batch["minibatches"][: settings["batch_size"] // settings["minibatch_size"]]
+    means = [statistics.mean(flat(batch["whitened"][i] for i in rows)) for rows in first_epoch]
+    numbers = {
+        "mean_advantage": statistics.mean(raw), "deviation": statistics.pstdev(raw),
+        "sign_changed": statistics.mean((a > 0) != (w > 0) for a, w in zip(raw, white)),
+        "lowest_mean": min(means), "highest_mean": max(means),
+        "correlation": statistics.correlation(batch["final_scores"], batch["true_rewards"]),
+    }
     mask = torch.zeros(len(batch["ended"]), batch["columns"][1], dtype=torch.bool)
     rewards, values = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    for i, (its_rewards, its_values) in enumerate(zip(batch["rewards"], batch["values"])):
-        n = len(its_rewards)
-        mask[i, :n] = True
-        rewards[i, :n], values[i, :n] = torch.tensor(its_rewards), torch.tensor(its_values)
-    return rows_of(ppo.gae(rewards, values, mask, gamma, lam)[0], mask)
+    for i, pair in enumerate(zip(batch["rewards"], batch["values"])):
+        mask[i, : len(pair[0])] = True
+        rewards[i, mask[i]], values[i, mask[i]] = map(torch.tensor, pair)
+    for lam in (0.0, 1.0):
+        advantages, *_ = ppo.gae(rewards, values, mask, settings["gamma"], lam)
+        numbers[f"deviation_{lam:.0f}"] = statistics.pstdev(advantages[mask].tolist())
+    return numbers
 
 
-def summary_of_response(record):
-    one, settings = record["response"], record["settings"]
-    kl = [x - y for x, y in zip(one["logprobs"], one["ref_logprobs"])]
-    t, at = len(kl) - 1, kl.index(max(kl))
-    num_pads = len(one["prompt_ids"]) - record["batch"]["prompt_lengths"][one["row"]]
+def of_values(record):
+    """How far the update moved the critic, and where the clip of eq. 6 holds it."""
+    batch, eps = record["batch"], record["settings"]["value_clip_eps"]
+    old, new = flat(batch["values"]), flat(batch["new_values"])
+    returns = [a + v for a, v in zip(flat(batch["advantages"]), old)]
+    far = [abs(x - v) > eps for x, v in zip(new, old)]
+    held = [  # the clipped error is the larger, and it does not depend on V
+        is_far and abs(v + math.copysign(eps, x - v) - g) > abs(x - g)
+        for v, x, g, is_far in zip(old, new, returns, far)
+    ]
+    shares = {"values_far": statistics.mean(far), "values_held": statistics.mean(held)}
+    return shares | {"explained_after": explained(new, returns)}
+
+
+def of_response(record):
+    """The response that is shown: its largest KL, its first and its last two tokens, its table."""
+    one, settings, kl = record["response"], record["settings"], kl_of(record["response"])
+    t, at, beta = len(kl) - 1, kl.index(max(kl)), record["batch"]["kl_coef"]
+    word = lambda t: one["tokens"][t].strip()
     numbers = {
-        "row": one["row"], "prompt": one["prompt"], "text": one["text"].strip(), "r_score": one["score"],
-        "r_true": one["true_reward"], "T": t + 1, "t_last": t, "num_pads": num_pads,
-        "its_length": len(one["prompt_ids"]) - num_pads, "before_P": len(one["prompt_ids"]) - 1,
-        "padding_behind": record["batch"]["columns"][1] - t - 1,
+        "row": one["row"], "prompt": one["prompt"], "text": one["text"].strip(), "T": t + 1,
+        "t_last": t, "t_before": t - 1, "r_score": one["score"], "r_true": one["true_reward"],
         "pad_id": one["special_ids"]["pad"], "eos_id": one["special_ids"]["eos"],
-        "first_token": one["tokens"][0].strip(), "first_logprob": one["logprobs"][0],
-        "first_probability": math.exp(one["logprobs"][0]),
-        "last_prompt_token": one["prompt_tokens"][-1].strip(), "last_logprob": one["logprobs"][t],
-        "kl_t": at, "kl_token": one["tokens"][at].strip(), "kl_max": kl[at],
-        "kl_max_logprob": one["logprobs"][at], "kl_max_ref_logprob": one["ref_logprobs"][at],
-        "kl_max_price": one["rewards"][at] if at < t else -settings["kl_coef"] * kl[at],
-        "r_kl": sum(kl), "r_price": -settings["kl_coef"] * sum(kl), "last_kl": kl[t],
+        "last_prompt_token": one["prompt_tokens"][-1].strip(), "first_token": word(0),
+        "logprobs_0": one["logprobs"][0], "first_probability": math.exp(one["logprobs"][0]),
+        "kl_t": at, "kl_token": word(at), "kl_max": kl[at], "kl_times": math.exp(kl[at]),
+        "kl_logprob": one["logprobs"][at], "kl_ref_logprob": one["ref_logprobs"][at],
+        "kl_price": -beta * kl[at], "r_kl": sum(kl), "r_price": -beta * sum(kl), "kl_T": kl[t],
+        "final_score": record["batch"]["final_scores"][one["row"]],
         "lowest_reward": min(one["rewards"][:t]), "highest_reward": max(one["rewards"][:t]),
         "r_sum": sum(one["rewards"]), "bandit": sum(one["rewards"]) - one["values"][0],
         "lowest_advantage": min(one["advantages"]), "highest_advantage": max(one["advantages"]),
         "reaching_first": (settings["gamma"] * settings["lam"]) ** t,
     }
-    for name in ("rewards", "values", "deltas", "advantages", "returns", "whitened"):
-        numbers |= {f"{name}_0": one[name][0], f"{name}_T": one[name][t], f"{name}_before": one[name][t - 1]}
-    return numbers | three_tokens(record)[1]
+    columns = ("logprobs", "rewards", "values", "deltas", "advantages", "returns", "whitened")
+    for name in columns:
+        numbers |= {f"{name}_T": one[name][t], f"{name}_before": one[name][t - 1]}
+        numbers[f"{name}_0"] = one[name][0]
+    columns = one["logprobs"], one["ref_logprobs"], kl, *map(one.get, columns[1:])
+    heads = "t", "token", "log π", "log π_ref", "KL", "r", "V", "δ", "A", "G", "A, whitened"
+    names = ["`" + word(t).replace("|", r"\|") + "`" for t in range(t + 1)]
+    rows = [[f"{i}", names[i], *(show(x[i], ".3f") for x in columns)] for i in range(t + 1)]
+    return numbers | {"table_of_tokens": table(heads, rows)}
 
 
-def three_tokens(record):
-    """([t, t, t], their numbers): of those of probability below 0.9 the one with the highest
-    advantage, that with the lowest, and of the others the one that moved most against its own."""
-    one = record["response"]
+def kl_of(one):
+    return [x - y for x, y in zip(one["logprobs"], one["ref_logprobs"])]
+
+
+def three_tokens(one):
+    """[t, t, t]: of the tokens whose probability was below OPEN that with the highest advantage and
+    that with the lowest, and of all others the one that moved most against its own."""
     old, new, white = one["logprobs"], one["new_logprobs"][-1], one["whitened"]
-    order = range(len(old))
-    open_ = [t for t in order if math.exp(old[t]) < 0.9] or [*order]
-    up, down = max(open_, key=lambda t: white[t]), min(open_, key=lambda t: white[t])
-    against = lambda t: -(new[t] - old[t]) * white[t] / (abs(white[t]) or 1)
-    other = max((t for t in order if t not in (up, down)), key=against, default=up)
-    numbers = {}
-    for name, t in zip("abc", (up, down, other)):
-        numbers |= {
-            f"{name}_t": t, f"{name}_token": one["tokens"][t].strip(), f"{name}_A": white[t],
-            f"{name}_old": math.exp(old[t]), f"{name}_new": math.exp(new[t]),
-            f"{name}_ratio": math.exp(new[t] - old[t]), f"{name}_word": "rose" if new[t] > old[t] else "fell",
-        }
-    return [up, down, other], numbers
+    is_open = [t for t, x in enumerate(old) if math.exp(x) < OPEN]
+    up, down = (pick(is_open, key=lambda t: white[t]) for pick in (max, min))
+    against = lambda t: math.copysign(1, white[t]) * (old[t] - new[t])
+    return [up, down, max((t for t in range(len(old)) if t not in (up, down)), key=against)]
 
 
-def tables(record):
-    """The page's two tables: the shown response token by token, and the ratios by epoch."""
-    one, eps = record["response"], record["settings"]["clip_eps"]
-    names = ("logprobs", "ref_logprobs", "rewards", "values", "deltas", "advantages", "returns")
-    lines = ["| t | token | log π | log π_ref | KL | r | V | δ | A | G | A, whitened |", "|---:|---|" + "---:|" * 9]
-    for t, (token, *cells) in enumerate(zip(one["tokens"], *map(one.get, names), one["whitened"])):
-        cells.insert(2, cells[0] - cells[1])
-        lines.append(f"| {t} | `{token.strip()}` | " + " | ".join(f"{x:.3f}" for x in cells) + " |")
-    white = flat(record["batch"]["whitened"])
-    epochs = ["| after epoch | approx_kl | lowest ratio | highest ratio | outside 1 ± ε | cut |", "|---:|" + "---:|" * 5]
-    for epoch, ratios in enumerate(ratios_of(record), 1):
+def of_three_tokens(record):
+    one, numbers = record["response"], {}
+    for name, t in zip("abc", three_tokens(one)):
+        old, new = math.exp(one["logprobs"][t]), math.exp(one["new_logprobs"][-1][t])
+        numbers |= {f"{name}_old": old, f"{name}_new": new}
+        numbers[f"{name}_token"] = one["tokens"][t].strip()
+    return numbers
+
+
+def of_epochs(record):
+    """The ratios of all tokens after each epoch, and how many are cut."""
+    batch, eps = record["batch"], record["settings"]["clip_eps"]
+    old, white, rows = flat(batch["logprobs"]), flat(batch["whitened"]), []
+    for epoch, new in enumerate(map(flat, batch["new_logprobs"]), 1):
+        ratios = [math.exp(x - y) for x, y in zip(new, old)]
         kl = statistics.mean(ratio - 1 - math.log(ratio) for ratio in ratios)
         outside = statistics.mean(abs(ratio - 1) > eps for ratio in ratios)
         cut = statistics.mean(is_cut(ratio, a, eps) for ratio, a in zip(ratios, white))
-        epochs.append(f"| {epoch} | {kl:.4f} | {min(ratios):.3f} | {max(ratios):.2f} | {outside:.1%} | {cut:.1%} |")
-    numbers = dict(zip(("last_approx_kl", "last_outside", "last_cut"), (kl, outside, cut)))
-    return numbers | {"table_of_tokens": "\n".join(lines), "table_of_epochs": "\n".join(epochs)}
+        cells = f"{kl:.4f}", f"{min(ratios):.4f}", f"{max(ratios):.2f}"
+        rows.append([f"{epoch}", *cells, f"{outside:.1%}", f"{cut:.1%}"])
+    heads = "after epoch", "approx_kl", "lowest ρ", "highest ρ", "outside 1 ± ε", "cut"
+    return {"last_approx_kl": kl, "last_cut": cut, "table_of_epochs": table(heads, rows)}
+
+
+def show(number, form):
+    """A formatted number, with a minus sign; one that is rounded to 0 has no sign."""
+    text = f"{number:{form}}"
+    zero = not any(digit in text for digit in "123456789")
+    return text.lstrip("+-") if zero else text.replace("-", "−", text.startswith("-"))
+
+
+def table(heads, rows):
+    lines = heads, ["---:"] * len(heads), *rows
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # === 4. The pictures ==============================================================================
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#DDDDDD", "#222222"  # Okabe and Ito 2008
 WIDTH, PER_LINE = 7.0, 9  # inches; tokens of a strip in one line
+CENTER = {"ha": "center", "va": "center"}
+PLAIN = {"parse_math": False}  # a token may hold a $
 
 
 def new_figure(height):
@@ -413,240 +448,235 @@ def new_figure(height):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("one_batch.py needs the package matplotlib; pip install matplotlib") from None
+        what = "one_batch.py needs the package matplotlib; pip install matplotlib"
+        raise UserError(what) from None
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def clean(axes):
-    """Only the axes that are read."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    """No frame on two sides, and faint lines to read off by."""
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
+    axes.tick_params(labelsize=9)
 
 
 def shade(value, scale):
-    """White at 0, orange above, blue below; the number stands in the cell, so colour only helps."""
+    """White at 0, orange above, blue below. The number stands in the cell: colour only helps."""
     from matplotlib.colors import to_rgb
 
-    share = min(abs(value) / scale, 1) * 0.75
+    share = 0.75 * min(abs(value) / scale, 1)
     return [1 - share * (1 - x) for x in to_rgb(ORANGE if value > 0 else BLUE)]
 
 
-def draw_strips(lines, rows):
-    """Words, and under each its numbers.
+def draw_cell(axes, x, y, text, colour, framed=False):
+    from matplotlib.patches import Rectangle
 
-    `lines` is a list of (first t, words); `rows` of (label, numbers, their format, scale of the
-    colour or None, marks): a mark of a number is "" or what stands beside it in a thick frame.
+    edge = {"linewidth": 2, "edgecolor": INK} if framed else {"linewidth": 0.5, "edgecolor": "0.7"}
+    edge["zorder"] = 3 if framed else 1
+    axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=colour, **edge))
+    weight = "bold" if framed else "normal"
+    axes.text(x + 0.5, y + 0.52, text, fontsize=9, weight=weight, zorder=4, **CENTER)
+
+
+def draw_strips(one, rows):
+    """The words, and under each its numbers.
+
+    `rows` is a list of (label, numbers, their format, (white at, full colour so far off) or None,
+    where ✂ stands beside the number, in a frame, or None).
     """
-    height = len(rows) + 2.1  # of a line, in cells
-    figure = new_figure(0.22 * height * len(lines) + 0.05)
+    words, height = [*map(str.strip, one["tokens"])], len(rows) + 2.3  # of a line, in cells
+    num_lines = math.ceil(len(words) / PER_LINE)
+    figure = new_figure(0.22 * height * num_lines)
     axes = figure.add_subplot()
-    axes.set(xlim=(-1.75, PER_LINE + 0.03), ylim=(height * len(lines) - 0.5, 0))
+    axes.set(xlim=(-1.75, PER_LINE + 0.03), ylim=(height * num_lines - 0.2, 0))
     axes.axis("off")
-    for line, (start, words) in enumerate(lines):
-        top = line * height + 0.1
-        axes.text(-0.1, top + 0.5, "t", ha="right", va="center", fontsize=8.5, style="italic", color="0.4")
-        for x, word in enumerate(words):
-            center = {"ha": "center", "va": "center"}
-            axes.text(x + 0.5, top + 0.5, f"{start + x}", fontsize=8, color="0.4", **center)
-            size = 10 if len(word) < 9 else 8.5
-            axes.text(x + 0.5, top + 1.3, word, fontsize=size, weight="bold", parse_math=False, **center)
-        for y, (label, numbers, form, scale, marks) in enumerate(rows):
-            y += top + 1.85
-            axes.text(-0.1, y + 0.5, label, ha="right", va="center", fontsize=9)
-            for x in range(len(words)):
-                number, mark = numbers[start + x], marks[start + x] if marks else ""
-                colour = shade(number - (scale[0]), scale[1]) if scale else "white"
-                draw_cell(axes, x, y, f"{number:{form}}{mark}", colour, mark)
+    for line in range(num_lines):
+        label = {"x": -0.1, "ha": "right", "va": "center"}
+        axes.text(y=line * height + 0.5, s="t", fontsize=9, style="italic", color="0.4", **label)
+        for y, (name, *_) in enumerate(rows):
+            axes.text(y=line * height + 2.35 + y, s=name, fontsize=9, **label)
+    for t, word in enumerate(words):
+        x, top = t % PER_LINE, t // PER_LINE * height
+        axes.text(x + 0.5, top + 0.5, f"{t}", fontsize=8, color="0.4", **CENTER)
+        size = 10 if len(word) < 9 else 8
+        axes.text(x + 0.5, top + 1.3, word, fontsize=size, weight="bold", **CENTER, **PLAIN)
+        for y, (_, numbers, form, scale, marks) in enumerate(rows):
+            colour = shade(numbers[t] - scale[0], scale[1]) if scale else "white"
+            mark = bool(marks and marks[t])
+            text = show(numbers[t], form) + "✂" * mark
+            draw_cell(axes, x, top + 1.85 + y, text, colour, mark)
     return figure
 
 
-def draw_cell(axes, x, y, text, colour, mark):
-    from matplotlib.patches import Rectangle
-
-    frame = {"linewidth": 2.0, "edgecolor": INK, "zorder": 3} if mark else {"linewidth": 0.5, "edgecolor": "0.7"}
-    axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=colour, **frame))
-    weight = "bold" if mark else "normal"
-    axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=9, weight=weight, zorder=4)
-
-
-def lines_of(one):
-    words = [token.strip() or repr(token) for token in one["tokens"]]
-    return [(start, words[start : start + PER_LINE]) for start in range(0, len(words), PER_LINE)]
-
-
 def draw_batch(record):
-    """The table of tokens: padding, prompts, responses, and the row that is followed."""
+    """The table of tokens: padding, prompts, responses, their EOS, and the row that is shown."""
     batch, row = record["batch"], record["response"]["row"]
     p, r = batch["columns"]
-    kinds = [
-        [0.0] * (p - prompt) + [0.35] * prompt + [0.75] * (len(response) - 1) + [1.0]
-        + [0.0] * (r - len(response))
-        for prompt, response in zip(batch["prompt_lengths"], batch["logprobs"])
+    kinds = [  # of each cell its darkness
+        [0.0] * (p - prompt) + [0.3] * prompt + [0.6] * (len(its) - ended) + [1.0] * ended
+        + [0.0] * (r - len(its))
+        for prompt, its, ended in zip(batch["prompt_lengths"], batch["logprobs"], batch["ended"])
     ]
-    figure = new_figure(4.2)
+    figure, rows = new_figure(4.0), len(kinds)
     axes = figure.add_subplot()
-    axes.imshow(kinds, cmap="Greys", vmin=0, vmax=1.1, aspect="auto", interpolation="nearest",
-                extent=(0, p + r, len(kinds), 0))
+    options = {"vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+    axes.imshow(kinds, cmap="Greys", extent=(0, p + r, rows, 0), **options)
     axes.axvline(p, color=ORANGE, linewidth=1.5)
-    axes.text(p, -1.5, f"P = {p}", ha="center", va="bottom", color=ORANGE, fontsize=10, weight="bold")
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 2}
-    y = len(kinds) * 0.08
-    axes.text(p * 0.55, y, "prompt", ha="center", fontsize=10, bbox=box)
-    axes.text(p + r * 0.18, y, "response", ha="center", fontsize=10, bbox=box)
-    axes.text(p + r * 0.85, y, "padding", ha="center", fontsize=10, bbox=box)
-    last = p + len(batch["logprobs"][row])
-    axes.annotate(
-        f"row {row}: EOS", (last, row + 0.5), (p + r * 0.85, row + 0.5), ha="center", va="center",
-        fontsize=10, bbox=box, arrowprops={"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5},
-    )
-    axes.axhline(row + 0.5, color=ORANGE, linewidth=1, linestyle=":", zorder=0.5)
-    axes.set_xlabel(f"position, P + R = {p} + {r}", fontsize=10)
-    axes.set_ylabel(f"row, B = {len(kinds)}", fontsize=10)
+    axes.text(p, -0.02 * rows, f"P = {p}", ha="center", color=ORANGE, fontsize=10, weight="bold")
+    box = {"facecolor": "white", "edgecolor": "0.5", "linewidth": 0.5, "pad": 3}
+    box = {"bbox": box, "fontsize": 10, **CENTER}
+    y = (0.6 if row < rows / 2 else 0.3) * rows
+    for x, name in ((0.6 * p, "prompt"), (p + 0.16 * r, "response"), (p + 0.85 * r, "padding")):
+        axes.text(x, y, name, **box)
+    end = p + len(batch["logprobs"][row]), row + 0.5
+    arrow = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5}
+    axes.annotate(f"row {row}", end, (p + 0.85 * r, row + 0.5), arrowprops=arrow, **box)
+    axes.set_xlabel("position, P + R")
+    axes.set_ylabel("row of B")
+    axes.tick_params(labelsize=9)
     return figure
 
 
 def draw_tokens(record):
-    """The row's prompt with its padding, and its response with its mask."""
-    one = record["response"]
-    prompt = [token.strip() for token in one["prompt_tokens"]]
-    num_pads = len(prompt) - record["batch"]["prompt_lengths"][one["row"]]
-    extra = [f"{'<pad>'}"] * min(3, record["batch"]["columns"][1] - len(one["tokens"]))
-    words = ["<pad>"] * num_pads + prompt[num_pads:], [*map(str.strip, one["tokens"])] + extra
-    p = len(prompt)
-    mask = [0] * num_pads + [1] * (p - num_pads), [1] * len(one["tokens"]) + [0] * len(extra)
-    figure = new_figure(0.22 * 4.1 * sum(math.ceil(len(x) / 10) for x in words) + 0.7)
+    """The shown row: its prompt with its padding, and its response with the first of its."""
+    one, (p, r) = record["response"], record["batch"]["columns"]
+    length, behind = record["batch"]["prompt_lengths"][one["row"]], r - len(one["tokens"])
+    prompt = ["<pad>"] * (p - length) + one["prompt_tokens"][p - length :]
+    response = one["tokens"] + ["<pad>"] * min(3, behind)
+    parts = [
+        ("prompt", "attention_mask", prompt, range(p - length, p), 0),
+        ("response", "response_mask", response, range(len(one["tokens"])), p),
+    ]
+    per_line, top = 10, 0.0
+    figure = new_figure(0.22 * sum(1 + 3.4 * math.ceil(len(part[2]) / per_line) for part in parts))
     axes = figure.add_subplot()
+    for name, mask, words, counted, start in parts:
+        axes.text(-1.65, top + 0.5, name, fontsize=10.5, weight="bold", va="center", color=ORANGE)
+        for i, word in enumerate(words):
+            x, y, counts = i % per_line, top + 1 + 3.4 * (i // per_line), i in counted
+            for below, label in enumerate(("position", "token", mask) if x == 0 else ()):
+                label = {"s": label, "fontsize": 8.5, "color": "0.3", "ha": "right"}
+                axes.text(-0.1, y + below + 0.5, va="center", **label)
+            axes.text(x + 0.5, y + 0.5, f"{start + i}", fontsize=8, color="0.4", **CENTER)
+            look = {"weight": "bold", "color": INK} if counts else {"color": "0.5"}
+            axes.text(x + 0.5, y + 1.5, word.strip(), fontsize=9, **look, **CENTER, **PLAIN)
+            draw_cell(axes, x, y + 2, f"{counts:d}", GREY if counts else "white")
+        top += 1 + 3.4 * math.ceil(len(words) / per_line)
+    axes.set(xlim=(-1.7, per_line + 0.05), ylim=(top - 0.3, 0))
     axes.axis("off")
-    top = 0.0
-    for name, its, counts, start, what in zip(("prompt", "response"), words, mask, (0, p), ("attention", "response")):
-        axes.text(-1.6, top + 0.5, name, fontsize=10.5, weight="bold", va="center", color=ORANGE)
-        top += 1
-        for first in range(0, len(its), 10):
-            for y, label in enumerate(("position", "token", f"{what}_mask")):
-                axes.text(-0.1, top + y + 0.5, label, ha="right", va="center", fontsize=8.5, color="0.3")
-            for x, (word, count) in enumerate(zip(its[first : first + 10], counts[first : first + 10])):
-                axes.text(x + 0.5, top + 0.5, f"{start + first + x}", ha="center", va="center", fontsize=8, color="0.4")
-                weight, colour = ("bold", INK) if count else ("normal", "0.55")
-                axes.text(x + 0.5, top + 1.5, word, ha="center", va="center", fontsize=9, weight=weight, color=colour, parse_math=False)
-                draw_cell(axes, x, top + 2, "1" if count else "0", GREY if count else "white", "")
-            top += 3.5
-    axes.set(xlim=(-1.7, 10.05), ylim=(top - 0.3, 0))
     return figure
 
 
 def draw_kl(record):
-    one = record["response"]
-    kl = [x - y for x, y in zip(one["logprobs"], one["ref_logprobs"])]
+    one, kl = record["response"], kl_of(record["response"])
+    names = {"log π": "logprobs", "log π_ref": "ref_logprobs"}
+    rows = [(name, one[key], ".2f", None, None) for name, key in names.items()]
     scale = 0, max(map(abs, kl)) or 1
-    rows = [("log π", one["logprobs"], ".2f", None, None), ("log π_ref", one["ref_logprobs"], ".2f", None, None)]
-    return draw_strips(lines_of(one), [*rows, ("KL", kl, "+.2f", scale, None)])
+    return draw_strips(one, [*rows, ("KL", kl, "+.2f", scale, None)])
 
 
-def word_axis(axes, one):
-    words = [token.strip() for token in one["tokens"]]
-    axes.set_xticks(range(len(words)), words, rotation=60, ha="right", rotation_mode="anchor", fontsize=9, parse_math=False)
+def label_words(axes, one):
+    words = [*map(str.strip, one["tokens"])]
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(words)), words, **turned, **PLAIN)
     axes.set_xlim(-0.8, len(words) - 0.2)
-    axes.tick_params(axis="y", labelsize=9)
+    axes.axhline(0, color=INK, linewidth=0.8)
     clean(axes)
 
 
 def draw_rewards(record):
+    """What each token is paid; at the last one the score stands upon the price of its KL."""
     one, beta = record["response"], record["batch"]["kl_coef"]
-    score = record["batch"]["final_scores"][one["row"]]
-    paid = [-beta * (x - y) for x, y in zip(one["logprobs"], one["ref_logprobs"])]
-    figure = new_figure(3.1)
+    score, t = record["batch"]["final_scores"][one["row"]], len(one["ids"]) - 1
+    paid = [-beta * x for x in kl_of(one)]
+    figure = new_figure(3.0)
     axes = figure.add_subplot()
-    t = len(paid) - 1
-    axes.bar(range(len(paid)), paid, color=BLUE, label="−β KL, at every token")
-    axes.bar([t], [score], bottom=[max(paid[t], 0) if score > 0 else min(paid[t], 0)], color=ORANGE, hatch="//", edgecolor="white",
-             label="score, at the last token")
-    axes.annotate(f"{score:+.2f}", (t, score / 2), (t - 0.7, score / 2), ha="right", va="center", fontsize=10, weight="bold")
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_ylabel("r", fontsize=10)
-    axes.legend(fontsize=9.5, frameon=False, loc="upper left" if score > 0 else "lower left")
-    word_axis(axes, one)
+    axes.bar(range(t + 1), paid, color=BLUE, label="−β KL")
+    look = {"color": ORANGE, "hatch": "//", "edgecolor": "white"}
+    below = paid[t] if paid[t] * score > 0 else 0.0
+    axes.bar([t], [score], bottom=below, label="score", **look)
+    text = {"fontsize": 10, "weight": "bold", "ha": "right", "va": "center"}
+    axes.text(t - 0.6, score / 2, f"{score:+.2f}", **text)
+    axes.set_ylabel("r")
+    axes.legend(fontsize=10, frameon=False, loc="upper left" if score > 0 else "lower left")
+    label_words(axes, one)
     return figure
 
 
 def draw_advantages(record):
-    one = record["response"]
-    ts = range(len(one["tokens"]))
-    figure = new_figure(5.0)
+    one, ts = record["response"], range(len(record["response"]["ids"]))
+    figure = new_figure(4.8)
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.plot(ts, one["returns"], "s--", color=ORANGE, markersize=4, label="G = A + V")
     upper.plot(ts, one["values"], "o-", color=BLUE, markersize=4, label="V")
     upper.vlines(ts, one["values"], one["returns"], color="0.6", linewidth=1, zorder=0, label="A")
     lower.bar(ts, one["deltas"], color=GREY, edgecolor="0.5", hatch="..", label="δ")
     lower.plot(ts, one["advantages"], "D-", color=INK, markersize=4, label="A")
-    lower.axhline(0, color=INK, linewidth=0.8)
-    for axes, label in ((upper, "G, V"), (lower, "A, δ")):
-        axes.set_ylabel(label, fontsize=10)
-        axes.legend(fontsize=9.5, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 0.98))
+    for axes in (upper, lower):
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 0.98), "ncols": 3}
+        axes.legend(fontsize=10, frameon=False, **place)
     clean(upper)
-    upper.tick_params(labelbottom=False, labelsize=9)
-    word_axis(lower, one)
+    label_words(lower, one)
     return figure
 
 
 def draw_whitening(record):
-    """The advantages of all counted tokens before and after, and those of the response as ticks."""
-    figure = new_figure(2.6)
-    for axes, key, title in zip(figure.subplots(1, 2, sharey=True), ("advantages", "whitened"), ("A", "A, whitened")):
+    """The advantages of all counted tokens before and after; below, those of the response."""
+    figure = new_figure(2.5)
+    titles = {"advantages": "A", "whitened": "A, whitened"}
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
         every, its = flat(record["batch"][key]), record["response"][key]
         mean, deviation = statistics.mean(every), statistics.pstdev(every)
         axes.hist(every, bins=45, color=GREY, edgecolor="0.55", linewidth=0.4)
         axes.axvline(mean, color=ORANGE, linewidth=2)
         for side in (-1, 1):
             axes.axvline(mean + side * deviation, color=ORANGE, linewidth=1.2, linestyle="--")
-        axes.plot(its, [-0.05] * len(its), "|", color=BLUE, markersize=9, transform=axes.get_xaxis_transform(), clip_on=False)
-        shown = f"mean {mean:.2f}" if key == "advantages" else "mean 0"
-        axes.set_title(f"{title}: {shown}, deviation {deviation:.2f}", fontsize=10)
-        axes.tick_params(labelsize=9, pad=7)
+        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(its, [-0.06] * len(its), "|", color=BLUE, markersize=8, **place)
+        name = f"mean {show(mean, '.2f')}, deviation {deviation:.2f}"
+        axes.set_title(f"{title}: {name}", fontsize=10)
         clean(axes)
+        axes.tick_params(axis="x", pad=12)
     return figure
 
 
 def draw_ratios(record):
     """The ratio of each token after each epoch; ✂ and a frame where its gradient is 0."""
     one, settings = record["response"], record["settings"]
+    eps, white = settings["clip_eps"], one["whitened"]
     per_epoch = len(one["new_logprobs"]) // settings["ppo_epochs"]
-    rows = [("A", one["whitened"], "+.2f", (0, 3), None)]
-    for epoch in range(settings["ppo_epochs"]):
-        new = one["new_logprobs"][(epoch + 1) * per_epoch - 1]
+    rows = [("A, whitened", white, "+.2f", (0, 3), None)]
+    for epoch, new in enumerate(one["new_logprobs"][per_epoch - 1 :: per_epoch], 1):
         ratios = [math.exp(x - y) for x, y in zip(new, one["logprobs"])]
-        marks = ["×" if is_cut(r, a, settings["clip_eps"]) else "" for r, a in zip(ratios, one["whitened"])]
-        rows.append((f"ρ, epoch {epoch + 1}", ratios, ".2f", (1, 1), marks))
-    return draw_strips(lines_of(one), rows)
+        marks = [is_cut(ratio, a, eps) for ratio, a in zip(ratios, white)]
+        rows.append((f"ρ, epoch {epoch}", ratios, ".2f", (1, 1), marks))
+    return draw_strips(one, rows)
 
 
 def draw_probabilities(record):
-    """Three tokens' probability after each optimizer step; a filled marker where the response was
-    in the minibatch."""
-    one, (ts, _) = record["response"], three_tokens(record)
-    own = [one["row"] in rows for rows in record["batch"]["minibatches"]]
-    figure = new_figure(3.3)
-    axes = figure.add_subplot()
-    looks = (("o", "-", ORANGE), ("s", "--", BLUE), ("^", ":", INK))
-    steps = range(len(own) + 1)
-    for t, (marker, line, colour) in zip(ts, looks):
+    """Three tokens' probability after each optimizer step, and what the clip allows."""
+    one, eps = record["response"], record["settings"]["clip_eps"]
+    own = [False, *(one["row"] in rows for rows in record["batch"]["minibatches"])]
+    per_epoch, figure = (len(own) - 1) // record["settings"]["ppo_epochs"], new_figure(2.9)
+    for axes, t in zip(figure.subplots(1, 3), three_tokens(one)):
         curve = [math.exp(x[t]) for x in [one["logprobs"], *one["new_logprobs"]]]
-        axes.plot(steps, curve, line, color=colour, linewidth=1.5)
-        for inside, filled in ((True, colour), (False, "white")):
-            at = [step for step in steps if (step > 0 and own[step - 1]) == inside]
-            axes.plot(at, [curve[step] for step in at], marker, color=colour, markerfacecolor=filled, markersize=6 if inside else 4)
-        label = f" {one['tokens'][t].strip()}, t = {t}\n A = {one['whitened'][t]:+.2f}"
-        axes.text(len(own) + 0.2, curve[-1], label, va="center", fontsize=9.5, color=colour, parse_math=False)
-    per_epoch = len(own) // record["settings"]["ppo_epochs"]
-    for step in steps[::per_epoch][:-1]:
-        axes.axvline(step, color="0.8", linewidth=1, zorder=0)
-        axes.text(step + per_epoch / 2, 1.01, f"epoch {step // per_epoch + 1}", transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
-    axes.set(xlim=(-0.3, len(own) * 1.22), ylim=(0, None))
-    axes.set_xticks(steps[::per_epoch])
-    axes.set_xlabel("optimizer steps", fontsize=10)
-    axes.set_ylabel("π(token)", fontsize=10)
-    axes.tick_params(labelsize=9)
-    clean(axes)
+        axes.plot(curve, "-", color=INK, linewidth=1.2)
+        at = [step for step, is_in in enumerate(own) if is_in]
+        axes.plot(at, [curve[step] for step in at], "o", color=INK, markersize=5)
+        for bound, sign in ((1 + eps, "+"), (1 - eps, "−")):
+            axes.axhline(bound * curve[0], color=ORANGE, linewidth=1.2, linestyle="--")
+            place = {"va": "bottom", "ha": "right"} if sign == "+" else {"va": "top", "ha": "left"}
+            x = len(own) - 1 if sign == "+" else 0
+            axes.text(x, bound * curve[0], f"1 {sign} ε", color=ORANGE, fontsize=9, **place)
+        word = one["tokens"][t].strip()
+        moved = f"A = {show(one['whitened'][t], '+.2f')}, ρ = {curve[-1] / curve[0]:.2f}"
+        axes.set_title(f"{word}, t = {t}\n{moved}", fontsize=10, **PLAIN)
+        low, high = min(*curve, (1 - eps) * curve[0]), max(*curve, (1 + eps) * curve[0])
+        axes.set_ylim(low - 0.2 * (high - low), high + 0.15 * (high - low))
+        axes.set_xticks(range(0, len(own), per_epoch))
+        axes.set_xlabel("optimizer step", fontsize=9)
+        clean(axes)
+        axes.grid(axis="x", alpha=0.5)
     return figure
 
 
@@ -659,69 +689,81 @@ PICTURES = {
 
 
 def save_picture(figure, path):
-    """A PNG of 64 colours, a third of the size of one of all colours."""
-    import io
-
+    """A PNG of 64 colours, which has a third of the bytes that one of all colours has."""
     from PIL import Image  # matplotlib needs it too
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=180, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=180)
     Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 # === 5. The files =================================================================================
+MARK = "<!-- Made by docs/one_batch.py from the template beside it: change that, and run it. -->\n"
+
+
 def fill(template, numbers):
     """The page: each {name} or {name:.2f} of the template is the number of that name."""
-    marked = re.sub(r"(?s)\A<!--.*?-->\n", MARK, template)
-    return marked.format_map(numbers)
+    return MARK + Numbers().vformat(template, (), numbers)
 
 
-MARK = "<!-- Made by docs/one_batch.py from the template beside it: change that, and run it again. -->\n"
+class Numbers(string.Formatter):
+    """Formats numbers by `show`."""
+
+    def format_field(self, value, form):
+        is_number = isinstance(value, (int, float)) and form
+        return show(value, form) if is_number else super().format_field(value, form)
 
 
-def to_seven(x):
-    """Floats with seven digits: what a float32 holds."""
-    if isinstance(x, float):
-        return float(f"{x:.7g}")
+def to_digits(x, digits=7):
+    """All floats with seven digits: what a float32 holds."""
     if isinstance(x, dict):
-        return {key: to_seven(value) for key, value in x.items()}
-    return [to_seven(value) for value in x] if isinstance(x, list) else x
-
-
-def write_numbers(record, path):
-    """One line for each key, and for each row of the batch: a change shows where it is."""
-    text = json.dumps(record, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+        return {key: to_digits(value, digits) for key, value in x.items()}
+    if isinstance(x, list):
+        return [to_digits(value, digits) for value in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 
 def write_all(record, folder):
-    """numbers.json and the pictures into the folder, and each page beside its template."""
+    """numbers.json and the pictures into the folder, and each page beside it."""
     figures = {name: draw(record) for name, draw in PICTURES.items()}  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    write_numbers(record, folder / "numbers.json")
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+    (folder / "numbers.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     for name, figure in figures.items():
         save_picture(figure, folder / name)
-    numbers = summary(record)
     for template in sorted(HERE.glob("one_batch*.template.md")):
-        page = fill(template.read_text(encoding="utf-8"), numbers)
-        target = folder.parent / template.name.replace(".template", "")
-        target.write_text(page, encoding="utf-8")
+        page = fill(template.read_text(encoding="utf-8"), record["page"])
+        name = template.name.replace(".template", "")
+        (folder.parent / name).write_text(page, encoding="utf-8")
+
+
+def run(iteration, flags):
+    """The record of a run with these flags of ppo.py."""
+    with tempfile.TemporaryDirectory() as output:
+        cfg = cli.parse_args(ppo.Config, __doc__.splitlines()[0], [*flags, "--output", output])
+        if not 1 <= iteration <= cfg.iterations:
+            raise UserError(f"--iteration is {iteration}; it must be from 1 to {cfg.iterations}")
+        if cfg.advantage != "gae" or cfg.max_approx_kl or not ppo.with_embedded_defaults(cfg).judge:
+            raise UserError("the page shows --advantage gae, all optimizer steps and a --judge")
+        return to_digits(make_record(cfg, iteration, listen(cfg, iteration)))
 
 
 def main(argv=None):
     """From the command line to the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--iteration", type=int, default=7, help="which one (default: %(default)s)")
-    parser.add_argument("--folder", type=pathlib.Path, default=HERE / "one_batch", help="of the pictures; the page lies beside it")
+    parser.add_argument("--iteration", type=int, default=7, help="(default: %(default)s)")
+    place = {"type": pathlib.Path, "default": HERE / "one_batch"}
+    parser.add_argument("--folder", **place, help="of pictures and numbers, beside the page")
+    parser.add_argument("--redraw", action="store_true", help="no run: what numbers.json holds")
     args, flags = parser.parse_known_args(argv)
-    new_figure(1)  # matplotlib is asked for before the run
-    with tempfile.TemporaryDirectory() as output:
-        cfg = cli.parse_args(ppo.Config, __doc__.splitlines()[0], [*flags, "--output", output])
-        if not 1 <= args.iteration <= cfg.iterations:
-            raise UserError(f"--iteration is {args.iteration}; it must be from 1 to {cfg.iterations}")
-        record = to_seven(make_record(cfg, args.iteration, listen(cfg, args.iteration)))
+    new_figure(1)  # no matplotlib is told before the run
+    if args.redraw:
+        record = json.loads((args.folder / "numbers.json").read_text(encoding="utf-8"))
+    else:
+        record = run(args.iteration, flags)
+    record["page"] = to_digits(summary(record))
     write_all(record, args.folder)
-    print(f"wrote {args.folder}")
+    print(f"wrote {args.folder} and the page beside it")
 
 
 if __name__ == "__main__":
