@@ -51,108 +51,146 @@ class Heard(Exception):
     """Ends the run: the iteration was heard to its end."""
 
 
-def listen(cfg, iteration):
-    """What the functions of ppo.py were given and gave in one iteration of a run: a dict.
+class Listener:
+    """Stands in for functions of ppo.py, calls them, and keeps what they were given and gave.
 
-    Keys: each wrapped function's (arguments, result); "steps", after each optimizer step its rows
-    and what evaluate_tokens then says; "probes"; "metrics", (arguments, row); "history".
+    `heard` has of each function of KEPT the latest (arguments, result); of the wanted iteration
+    "steps", after each optimizer step its rows and what evaluate_tokens then says; "probes";
+    "metrics", the arguments of ppo_metrics and its row; "history", the rows up to it.
     """
-    heard, updates = {"steps": []}, []
-    names = ("load_models", "sample_responses", "decode_responses", "evaluate_tokens")
-    names += ("kl_shaped_rewards", "gae")
-    real = {name: getattr(ppo, name) for name in (*names, "minibatches")}
-    real_metrics = ppo.metrics.ppo_metrics
 
-    def wrapped(name):
+    KEPT = (
+        "load_models", "sample_responses", "decode_responses", "evaluate_tokens",
+        "kl_shaped_rewards", "gae",
+    )
+
+    def __init__(self, iteration):
+        self.iteration, self.num_updates, self.heard = iteration, 0, {"steps": []}
+        self.real = {name: getattr(ppo, name) for name in (*self.KEPT, "minibatches")}
+        self.real_metrics = ppo.metrics.ppo_metrics
+
+    def keep(self, name):
         def function(*inputs):
-            outputs = real[name](*inputs)
-            heard[name] = inputs, outputs
+            outputs = self.real[name](*inputs)
+            self.heard[name] = inputs, outputs
             return outputs
 
         return function
 
-    def minibatches(*sizes):  # the loop asks for the next one when its optimizer step is done
-        updates.append(sizes)
-        inputs = heard["evaluate_tokens"][0]
-        if len(updates) == iteration:
-            weights = [weight.detach().clone() for weight in inputs[0].parameters()]
-            heard["probes"] = probe(*inputs, heard["sample_responses"][0][1])
-        for index in real["minibatches"](*sizes):
+    def minibatches(self, *sizes):
+        """The loop asks for the next one when the optimizer step of the last is done."""
+        self.num_updates += 1
+        if self.num_updates != self.iteration:
+            yield from self.real["minibatches"](*sizes)
+            return
+        inputs, (logprobs, *_) = self.heard["evaluate_tokens"]
+        (policy, _, ref_policy, *of_batch, _), asked = inputs, self.heard["sample_responses"][0]
+        weights = [weight.detach().clone() for weight in policy.parameters()]
+        self.heard["probes"] = {
+            "exact_kl": exact_kl(policy, ref_policy, *of_batch),
+            "padding": padding_gap(policy, logprobs, *of_batch),
+            "dropout": dropout_ratios(policy, logprobs, *of_batch),
+            "undivided_kl": undivided_kl(ref_policy, *asked[1:3]),
+        }
+        for index in self.real["minibatches"](*sizes):
             yield index
-            if len(updates) == iteration:
-                heard["steps"].append((index.tolist(), real["evaluate_tokens"](*inputs)))
-                if len(heard["steps"]) == 1:
-                    heard["probes"] |= probe_rounding(weights, inputs[0].parameters())
+            outputs = self.real["evaluate_tokens"](*inputs)
+            self.heard["steps"].append((index.tolist(), outputs))
+            if len(self.heard["steps"]) == 1:
+                self.heard["probes"]["first_step"] = first_step(weights, policy.parameters())
 
-    def ppo_metrics(run, *inputs):
-        row = real_metrics(run, *inputs)
-        if run.step == iteration:
+    def ppo_metrics(self, run, *inputs):
+        row = self.real_metrics(run, *inputs)
+        if run.step == self.iteration:
             run.bar.close()
-            heard.update(metrics=(inputs, row), history=[*run.history, row])
+            self.heard.update(metrics=(inputs, row), history=[*run.history, row])
             raise Heard
         return row
 
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(ppo, name, wrapped(name)))
-        estimators = ppo.ESTIMATORS | {"gae": (ppo.gae, ppo.value_loss)}
-        stack.enter_context(mock.patch.object(ppo, "ESTIMATORS", estimators))
-        stack.enter_context(mock.patch.object(ppo, "minibatches", minibatches))
-        stack.enter_context(mock.patch.object(ppo.metrics, "ppo_metrics", ppo_metrics))
-        with contextlib.suppress(Heard):
-            ppo.main(cfg)
-    return heard
+
+def listen(cfg, iteration):
+    """What a Listener heard of a run, which ends with this iteration."""
+    listener = Listener(iteration)
+    functions = {name: listener.keep(name) for name in Listener.KEPT}
+    functions["ESTIMATORS"] = {"gae": (functions["gae"], ppo.value_loss)}
+    with (
+        mock.patch.multiple(ppo, minibatches=listener.minibatches, **functions),
+        mock.patch.object(ppo.metrics, "ppo_metrics", listener.ppo_metrics),
+        contextlib.suppress(Heard),
+    ):
+        ppo.main(cfg)
+    return listener.heard
+
+
+# What the loop does not ask but readers do, of the policy before the update. None of it is drawn from
+# the run's random numbers.
+@torch.no_grad()
+def exact_kl(policy, ref_policy, tokens, attention_mask, num_columns, temperature):
+    """At each response token the KL as a sum over the vocabulary, of a response the sum: (B,)."""
+    inputs = tokens[:, :-1], attention_mask[:, :-1]
+    logprobs, ref_logprobs = (
+        common.forward(model, *inputs, logits_to_keep=num_columns).logits.float().div(temperature)
+        .log_softmax(-1) for model in (policy, ref_policy)
+    )
+    kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)  # (B, R)
+    return torch.where(attention_mask[:, -num_columns:], kl, 0.0).sum(1)
 
 
 @torch.no_grad()
-def probe(policy, critic, ref_policy, tokens, attention_mask, num_columns, temperature, size, rows):
-    """Answers to questions about this batch that the loop does not ask, before the update."""
-    args = tokens, attention_mask, num_columns
-    old, _, _ = ppo.forward_responses(policy, None, *args, temperature)
-    mask = attention_mask[:, -num_columns:]
-    inputs = tokens[:, :-1], attention_mask[:, :-1]
-    read = lambda model: common.forward(model, *inputs, logits_to_keep=num_columns)
-    logits = [
-        (read(model).logits.float() / temperature).log_softmax(-1) for model in (policy, ref_policy)
-    ]
-    exact = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)  # over the vocabulary, (B, R)
-    padding = 0.0
-    for i, m in enumerate(attention_mask):  # each row again, without its padding
-        its = tokens[i][m][None], m[m][None], int(mask[i].sum()), temperature
+def padding_gap(policy, logprobs, tokens, attention_mask, num_columns, temperature):
+    """The most that a log-probability moves where each row is read alone, without its padding."""
+    gaps = []
+    for its_logprobs, ids, mask in zip(logprobs, tokens, attention_mask):
+        counts = mask[-num_columns:]
+        its = ids[mask][None], mask[mask][None], int(counts.sum()), temperature
         alone, _, _ = ppo.forward_responses(policy, None, *its)
-        padding = max(padding, (alone[0] - old[i][mask[i]]).abs().max().item())
-    # Dropout, where the model has it in attention; sampling; neither from the run's random numbers.
-    layers = [m for m in policy.modules() if hasattr(m, "attention_dropout")]
+        gaps.append((alone[0] - its_logprobs[counts]).abs().max().item())
+    return max(gaps)
+
+
+@torch.no_grad()
+def dropout_ratios(policy, logprobs, *inputs):
+    """exp(log pi in a pass with DROPOUT in attention - log pi), (B, R)."""
+    layers = [module for module in policy.modules() if hasattr(module, "attention_dropout")]
     was_training = policy.training
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy.train()
         for layer in layers:
             layer.attention_dropout = DROPOUT
-        dropped, _, _ = ppo.forward_responses(policy, None, *args, temperature)
+        dropped, _, _ = ppo.forward_responses(policy, None, *inputs)
         for layer in layers:
             layer.attention_dropout = 0.0
         policy.train(was_training)
-        cold = ppo.sample_responses(ref_policy, rows, num_columns, COLD)
-    ratio = (dropped - old).exp()[mask]
-    its_args = *cold[:2], cold[2].shape[1]
-    cooled, undivided = (
-        ppo.forward_responses(ref_policy, None, *its_args, t)[0] for t in (COLD, 1.0)
-    )
-    return {
-        "exact_kl": exact.where(mask, 0.0).sum(1).tolist(),
-        "padding": padding,
-        "dropout_outside": ((ratio - 1).abs() > 0.2).float().mean().item(),
-        "undivided_kl": (cooled - undivided).where(cold[2], 0.0).sum(1).mean().item(),
-    }
+    return (dropped - logprobs).exp()
 
 
 @torch.no_grad()
-def probe_rounding(before, after):
-    """The weights that the first optimizer step moved, before it, and by how much: (n,) each."""
+def undivided_kl(ref_policy, prompt_rows, response_length):
+    """The KL of the reference, sampled at COLD, to itself read at temperature 1: a mean."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rollout = ppo.sample_responses(ref_policy, prompt_rows, response_length, COLD)
+    tokens, attention_mask, mask, *_ = rollout
+    cold, plain = (
+        ppo.forward_responses(ref_policy, None, tokens, attention_mask, mask.shape[1], t)[0]
+        for t in (COLD, 1.0)
+    )
+    return torch.where(mask, cold - plain, 0.0).sum(1).mean().item()
+
+
+@torch.no_grad()
+def first_step(before, after):
+    """(weights, steps), (n,) each, of those weights that an optimizer step has moved."""
     before, after = (torch.cat([w.flatten() for w in weights]) for weights in (before, after))
     moved = before != after
-    return {"weights": before[moved], "step": (after - before)[moved]}
+    return before[moved], (after - before)[moved]
+
+
+def rounded_away(weights, steps):
+    """The share of weights that would stay where they are if all were bf16."""
+    weights, steps = weights.bfloat16(), steps.bfloat16()
+    return (weights + steps == weights).float().mean().item()
 
 
 # === 2. The record: what numbers.json holds =======================================================
@@ -199,7 +237,7 @@ def make_record(cfg, iteration, heard):
         "metrics": {key: value for key, value in row.items() if not key.startswith(timing)},
         "history": [{key: old[key] for key in history} for old in heard["history"]],
         "steps": [{name: float(x) for name, x in step.items()} for step in steps],
-        "probes": finish_probes(heard, row["lr"]),
+        "probes": finish_probes(heard, row["lr"], mask, cfg.clip_eps),
         "batch": {
             "columns": [prompt_length, mask.shape[1]],
             "prompt_lengths": batch.attention_mask[:, :prompt_length].sum(1).tolist(),
@@ -208,24 +246,25 @@ def make_record(cfg, iteration, heard):
             "true_rewards": truths.tolist(),
             **{name: rows_of(x, mask) for name, x in columns.items()},
             "new_logprobs": [rows_of(new_logprobs, mask) for new_logprobs, *_ in epochs],
-            "minibatches": [index for index, _ in heard["steps"]],
-            "exact_kl": [round(kl, 4) for kl in heard["probes"]["exact_kl"]],
+            "minibatches": [rows for rows, _ in heard["steps"]],
+            "exact_kl": [round(kl, 4) for kl in heard["probes"]["exact_kl"].tolist()],
         },
         "response": one_response(cfg, heard, shown),
     }
 
 
-def finish_probes(heard, lr):
-    """The probes as numbers: also what bf16 weights would have missed of the first step."""
-    probes, (*_, scorers) = dict(heard["probes"]), heard["load_models"][1]
-    weights, step, _ = probes.pop("weights"), probes.pop("step"), probes.pop("exact_kl")
-    add = lambda step: weights.bfloat16() + step.bfloat16()
-    still = lambda step: (add(step) == weights.bfloat16()).float().mean().item()
-    probes["median_step"] = step.abs().median().item()
-    probes["bf16_still"] = still(step)
-    probes["bf16_still_small"] = still(step * SMALL_LR / lr)  # Adam's step is in proportion to it
-    probes["reward_mean"], probes["reward_std"] = common.score_scale(scorers[0].model.config)
-    return probes
+def finish_probes(heard, lr, mask, clip_eps):
+    """The probes as numbers."""
+    probes, (*_, scorers) = heard["probes"], heard["load_models"][1]
+    (weights, steps), ratio = probes["first_step"], probes["dropout"][mask]
+    mean, deviation = common.score_scale(scorers[0].model.config)
+    return {
+        "padding": probes["padding"], "undivided_kl": probes["undivided_kl"],
+        "dropout_outside": ((ratio - 1).abs() > clip_eps).float().mean().item(),
+        "median_step": steps.abs().median().item(), "bf16_still": rounded_away(weights, steps),
+        "bf16_still_small": rounded_away(weights, steps * SMALL_LR / lr),  # Adam's goes by its rate
+        "reward_mean": mean, "reward_std": deviation,
+    }
 
 
 def one_response(cfg, heard, i):
@@ -359,6 +398,7 @@ def of_response(record):
     """The response that is shown: its largest KL, its first and its last two tokens, its table."""
     one, settings, kl = record["response"], record["settings"], kl_of(record["response"])
     t, at, beta = len(kl) - 1, kl.index(max(kl)), record["batch"]["kl_coef"]
+    up = max(range(t), key=lambda t: one["deltas"][t])
     word = lambda t: one["tokens"][t].strip()
     numbers = {
         "row": one["row"], "prompt": one["prompt"], "text": one["text"].strip(), "T": t + 1,
@@ -366,6 +406,8 @@ def of_response(record):
         "pad_id": one["special_ids"]["pad"], "eos_id": one["special_ids"]["eos"],
         "last_prompt_token": one["prompt_tokens"][-1].strip(), "first_token": word(0),
         "logprobs_0": one["logprobs"][0], "first_probability": math.exp(one["logprobs"][0]),
+        "delta_t": up, "delta_token": word(up), "delta_max": one["deltas"][up],
+        "delta_V": one["values"][up], "delta_next": one["values"][up + 1],
         "kl_t": at, "kl_token": word(at), "kl_max": kl[at], "kl_times": math.exp(kl[at]),
         "kl_logprob": one["logprobs"][at], "kl_ref_logprob": one["ref_logprobs"][at],
         "kl_price": -beta * kl[at], "r_kl": sum(kl), "r_price": -beta * sum(kl), "kl_T": kl[t],

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_rows, tiny_lm
 
 import common
 import ppo
@@ -79,7 +79,7 @@ def test_the_template_has_no_number_of_its_own(template):
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
 def test_every_name_on_the_page_exists(template):
     text = re.sub(r"```.*?```", " ", template.read_text(encoding="utf-8"), flags=re.S)
-    flags = {cli.flag_of(name) for name in ppo.Config.__dataclass_fields__}
+    flags = {cli.flag_of(name) for name in ppo.Config.__dataclass_fields__} | {"--redraw"}
     known = {*vars(ppo), *vars(common), *vars(ppo.Batch)["__dataclass_fields__"], *RECORD["metrics"]}
     spans = [span for span in re.findall(r"`([^`]+)`", text) if "{" not in span]
     assert len(spans) > 40
@@ -293,6 +293,9 @@ def test_numbers_of_the_page_are_those_computed_by_hand_from_the_record():
     }
     for name, value in by_hand.items():
         assert page[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    t = max(range(len(ONE["deltas"]) - 1), key=ONE["deltas"].__getitem__)
+    assert (page["delta_t"], page["delta_token"]) == (t, ONE["tokens"][t].strip())
+    assert page["delta_max"] == pytest.approx(ONE["rewards"][t] + SETTINGS["gamma"] * page["delta_next"] - page["delta_V"], abs=1e-5)
     for name, best in (("a", max), ("b", min)):  # the three tokens
         t = best((t for t, x in enumerate(ONE["logprobs"]) if x < math.log(0.9)), key=ONE["whitened"].__getitem__)
         assert page[f"{name}_token"] == ONE["tokens"][t].strip()
@@ -306,6 +309,36 @@ def test_probes_are_within_what_they_can_be():
     assert 0 < probes["bf16_still"] < probes["bf16_still_small"] <= 1
     assert probes["median_step"] < RECORD["metrics"]["lr"]
     assert abs(RECORD["page"]["exact_kl"] - RECORD["page"]["kl"]) < 3 * (RECORD["page"]["kl_error"] + RECORD["page"]["exact_kl_error"])
+
+
+def test_the_exact_kl_is_the_sum_over_positions_and_vocabulary_of_each_text_without_its_padding():
+    policy, ref_policy = tiny_lm(seed=0), tiny_lm(seed=1)
+    texts, num_columns = [([5, 3, 7], [4, 9, 1]), ([6], [8, 1])], 3
+    tokens, mask = torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.bool)
+    expected = []
+    for i, (prompt, response) in enumerate(texts):
+        ids = prompt + response
+        part = slice(3 - len(prompt), 3 + len(response))
+        tokens[i, part], mask[i, part] = torch.tensor(ids), True
+        p, q = (torch.softmax(model(torch.tensor([ids])).logits[0].double() / 0.5, -1) for model in (policy, ref_policy))
+        at = range(len(prompt) - 1, len(ids) - 1)
+        expected.append(sum((p[k, v] * math.log(p[k, v] / q[k, v])).item() for k in at for v in range(p.shape[1])))
+    got = one_batch.exact_kl(policy, ref_policy, tokens, mask, num_columns, 0.5)
+    assert got.tolist() == pytest.approx(expected, rel=1e-4) and min(expected) > 0.1
+    inputs = tokens, mask, num_columns, 1.0
+    logprobs, _, _ = ppo.forward_responses(policy, None, *inputs)
+    assert one_batch.padding_gap(policy, logprobs, *inputs) < 1e-5
+    assert one_batch.padding_gap(policy, logprobs + 0.25, *inputs) == pytest.approx(0.25, abs=1e-5)
+    ratio = one_batch.dropout_ratios(policy, logprobs, *inputs)[mask[:, -3:]]
+    assert (ratio - 1).abs().max() > 1e-3  # it drops, and afterwards no more
+    assert ppo.forward_responses(policy, None, *inputs)[0].equal(logprobs)
+
+
+def test_bf16_weights_near_1_stay_under_steps_below_half_their_spacing_of_2_to_the_minus_7():
+    steps = torch.tensor([0.001, 0.0038, 0.0041, 0.01])
+    assert one_batch.rounded_away(torch.ones(4), steps) == 0.5
+    weights, moved = one_batch.first_step([torch.tensor([1.0, 2.0])], [torch.tensor([1.5, 2.0])])
+    assert (weights.tolist(), moved.tolist()) == ([1.0], [0.5])
 
 
 # === The script on the tests' world ===============================================================
