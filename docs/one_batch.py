@@ -122,8 +122,8 @@ def listen(cfg, iteration):
     return listener.heard
 
 
-# What the loop does not ask but readers do, of the policy before the update. None of it is drawn from
-# the run's random numbers.
+# What the loop does not ask but readers do, of the policy before the update. What is drawn for it
+# is drawn from other random numbers than the run's.
 @torch.no_grad()
 def exact_kl(policy, ref_policy, tokens, attention_mask, num_columns, temperature):
     """At each response token the KL as a sum over the vocabulary, of a response the sum: (B,)."""
@@ -167,7 +167,8 @@ def dropout_ratios(policy, logprobs, *inputs):
 
 @torch.no_grad()
 def undivided_kl(ref_policy, prompt_rows, response_length):
-    """The KL of the reference, sampled at COLD, to itself read at temperature 1: a mean."""
+    """Of each response that the reference samples at COLD, its KL to the same reference read at
+    temperature 1: (B,)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rollout = ppo.sample_responses(ref_policy, prompt_rows, response_length, COLD)
@@ -176,7 +177,7 @@ def undivided_kl(ref_policy, prompt_rows, response_length):
         ppo.forward_responses(ref_policy, None, tokens, attention_mask, mask.shape[1], t)[0]
         for t in (COLD, 1.0)
     )
-    return torch.where(mask, cold - plain, 0.0).sum(1).mean().item()
+    return torch.where(mask, cold - plain, 0.0).sum(1)
 
 
 @torch.no_grad()
@@ -258,8 +259,10 @@ def finish_probes(heard, lr, mask, clip_eps):
     probes, (*_, scorers) = heard["probes"], heard["load_models"][1]
     (weights, steps), ratio = probes["first_step"], probes["dropout"][mask]
     mean, deviation = common.score_scale(scorers[0].model.config)
+    undivided = probes["undivided_kl"].tolist()
     return {
-        "padding": probes["padding"], "undivided_kl": probes["undivided_kl"],
+        "padding": probes["padding"], "undivided_kl": statistics.mean(undivided),
+        "undivided_kl_error": standard_error(undivided),
         "dropout_outside": ((ratio - 1).abs() > clip_eps).float().mean().item(),
         "median_step": steps.abs().median().item(), "bf16_still": rounded_away(weights, steps),
         "bf16_still_small": rounded_away(weights, steps * SMALL_LR / lr),  # Adam's goes by its rate
@@ -300,6 +303,10 @@ def one_response(cfg, heard, i):
 # === 3. The numbers of the page ===================================================================
 def flat(rows):
     return [x for row in rows for x in row]
+
+
+def standard_error(xs):
+    return statistics.pstdev(xs) / math.sqrt(len(xs))
 
 
 def explained(values, returns):
@@ -348,10 +355,9 @@ def of_kl(record):
     pairs = zip(batch["logprobs"], batch["ref_logprobs"])
     kls = [[x - y for x, y in zip(*pair)] for pair in pairs]
     summed, exact = [*map(sum, kls)], batch["exact_kl"]
-    error = lambda xs: statistics.pstdev(xs) / math.sqrt(len(xs))
     return {
-        "kl_error": error(summed), "exact_kl": statistics.mean(exact),
-        "exact_kl_error": error(exact), "kl_per_token": statistics.mean(flat(kls)),
+        "kl_error": standard_error(summed), "exact_kl": statistics.mean(exact),
+        "exact_kl_error": standard_error(exact), "kl_per_token": statistics.mean(flat(kls)),
         "negative_tokens": statistics.mean(x < 0 for x in flat(kls)),
         "negative_responses": sum(x < 0 for x in summed), "lowest_kl": min(summed),
     }

@@ -320,7 +320,7 @@ def test_the_exact_kl_is_the_sum_over_positions_and_vocabulary_of_each_text_with
         ids = prompt + response
         part = slice(3 - len(prompt), 3 + len(response))
         tokens[i, part], mask[i, part] = torch.tensor(ids), True
-        p, q = (torch.softmax(model(torch.tensor([ids])).logits[0].double() / 0.5, -1) for model in (policy, ref_policy))
+        p, q = (torch.softmax(model(torch.tensor([ids])).logits[0].detach().double() / 0.5, -1) for model in (policy, ref_policy))
         at = range(len(prompt) - 1, len(ids) - 1)
         expected.append(sum((p[k, v] * math.log(p[k, v] / q[k, v])).item() for k in at for v in range(p.shape[1])))
     got = one_batch.exact_kl(policy, ref_policy, tokens, mask, num_columns, 0.5)
