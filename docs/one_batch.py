@@ -258,7 +258,8 @@ def finish_probes(heard, lr, mask, clip_eps):
     """The probes as numbers."""
     probes, (*_, scorers) = heard["probes"], heard["load_models"][1]
     (weights, steps), ratio = probes["first_step"], probes["dropout"][mask]
-    mean, deviation = common.score_scale(scorers[0].model.config)
+    config = getattr(scorers[0].model, "config", None)  # a function has none
+    mean, deviation = common.score_scale(config)
     undivided = probes["undivided_kl"].tolist()
     return {
         "padding": probes["padding"], "undivided_kl": statistics.mean(undivided),

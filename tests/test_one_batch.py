@@ -72,7 +72,7 @@ def test_the_recorded_numbers_of_the_page_are_those_that_the_record_gives_today(
 def test_the_template_has_no_number_of_its_own(template):
     text = re.sub(r"```.*?```|`[^`{]*`|\]\([^)]*\)", " ", template.read_text(encoding="utf-8"), flags=re.S)
     bare = "".join(piece for piece, *_ in string.Formatter().parse(text))  # without the fields
-    bare = re.sub(r"(?m)^## \d\. |[Ee]qs?\. \d\w?( and \d)?|eq\. \d|\(section \d\)|of sections \d and \d|float32|bf16|方程 ?\d\w?|第 ?\d ?节", " ", bare)
+    bare = re.sub(r"(?m)^## \d\. |[Ee]qs?\. \d\w?( and \d)?|eq\. \d|\(section \d\)|of sections \d and \d|float32|bf16|\bc[12]\b|方程 ?\d\w?|第 ?\d ?节", " ", bare)
     assert set(re.findall(r"\d+(?:\.\d+)?", bare)) <= {"0", "1"}  # t = 0, ratio 1, i + 1
 
 
