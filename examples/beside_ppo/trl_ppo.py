@@ -4,8 +4,9 @@
     python examples/beside_ppo/trl_ppo.py --policy ckpt/sft --reward ckpt/reward_model --output out
 
 TRL reads the reward model's raw score, so the scale of its config is put into the head first. One
-learning rate serves policy and critic there; the optimizer, its epsilon and all else that
-`ppo.Config` doesn't name are TRL's own. The policy is saved as a Hugging Face folder.
+learning rate serves policy and critic there, and no gradient is clipped; the optimizer, its epsilon
+and all else that `ppo.Config` doesn't name are TRL's own. The policy is saved as a Hugging Face
+folder.
 """
 
 import argparse
