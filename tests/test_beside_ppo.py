@@ -179,6 +179,23 @@ def test_a_run_that_stops_and_resumes_equals_one_that_does_not_bit_for_bit(loss,
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_a_run_that_is_killed_between_its_last_checkpoint_and_its_end_says_its_result_when_it_resumes(world, tmp_path, run_stage, monkeypatch):
+    (tmp_path / "mine.py").write_text("def length(prompts, responses, rows):\n    return [float(len(response)) for response in responses]\n")
+    flags = flags_of(world, "--judge", f"{tmp_path / 'mine.py'}:length")
+    whole = run_stage(dpo, *flags, "--output", tmp_path / "whole")
+
+    def crash(run):
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        patch.setattr(dpo.Run, "finish", crash)
+        run_stage(dpo, *flags, "--output", tmp_path / "parts")
+    status, out, err = run_stage(dpo, "--resume", "--output", tmp_path / "parts")
+    result = lambda out: out[out.index("held-out pairs: accuracy") : out.index("\nwrote")]
+    assert status == 0 and "resumed after 6 iterations" in out and result(out) == result(whole[1]), err
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def test_adapters_alone_are_trained(world, tmp_path, run_stage):
     pytest.importorskip("peft")
     status, out, err = run_stage(dpo, *flags_of(world, "--lora-rank", 4, "--output", tmp_path / "out"))

@@ -276,6 +276,7 @@ def main(cfg):
     run.restore(tokenizer, {"policy": policy}, optimizer, schedule, read_weights=True)
     ask = lambda: ppo.evaluate(run, policy, ref_policy, tokenizer, [judge], judge, prompt_rows)
     baseline = run.kept.get("baseline") or (ask() if judge else None)
+    held_out, samples = run.kept.get("held_out"), run.kept.get("samples")  # of the last evaluation
     run.start()  # nothing is written before
     if judge:
         metrics.log_evaluation(run, baseline, baseline)
@@ -320,7 +321,7 @@ def main(cfg):
             samples = ask() if judge else None
             if judge:
                 metrics.log_evaluation(run, samples, baseline)
-        run.save_if_due(baseline=baseline)
+        run.save_if_due(baseline=baseline, held_out=held_out, samples=samples)
     run.finish()  # --output is now a model's folder
     print_result(cfg, held_out, samples, baseline)
 
