@@ -126,7 +126,7 @@ def test_the_reference_point_is_a_mean_over_responses_to_other_prompts_and_never
         swapped = dpo.reference_point(ref_policy, texts, own, cfg, 0)
     point = dpo.reference_point(policy, texts, refs, cfg, 0)
     assert [point, swapped] == pytest.approx([max(0, mean), max(0, -mean)], abs=1e-5) and abs(mean) > 0.1
-    with pytest.raises(common.UserError, match="two pairs or more"):
+    with pytest.raises(common.UserError, match="two pairs and two held-out ones"):
         dpo.with_unrelated(pairs[:1], 0)
 
 
@@ -207,6 +207,8 @@ def test_adapters_alone_are_trained(world, tmp_path, run_stage):
     ([{"prompt": "A fox", "chosen": " runs.", "rejected": " runs."}] * 30, [], "none can be used"),
     ([{"prompt": "A fox", "chosen": " runs."}] * 30, [], "line 1 has the keys"),
     (None, ["--beta", 0], "--beta is 0"),
+    (None, ["--beta", "inf"], "--beta is inf"),
+    (None, ["--eval-prompts", "nowhere.jsonl"], "name one with --judge"),
     (None, ["--loss", "rpo"], "invalid choice"),
     (None, ["--judge", "nowhere.py:f"], "no file 'nowhere.py'"),
 ])

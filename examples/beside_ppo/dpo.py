@@ -84,7 +84,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
     temperature: float = arg(1.0, "of the responses that are judged", 0.01, 100)
 
     loss: Literal["dpo", "ipo", "kto"] = arg("dpo", "eq. 2, 3 or 4", heading="optimisation")
-    beta: float = arg(0.1, "weight of the KL; 0.01 to 1", 1e-9)
+    beta: float = arg(0.1, "weight of the KL; 0.01 to 1", 1e-9, 1e9)
     epochs: int = arg(3, "passes over the pairs; 1 if pretrained", 1)
     batch_size: int = arg(32, "pairs per optimizer step", 1)
     microbatch_size: int = arg(32, "pairs per forward pass; memory only, same gradient", 1)
@@ -130,7 +130,7 @@ def with_unrelated(pairs, seed):
     """The pairs, each with a third text, for eq. 5: its prompt and a response to another row."""
     rng = random.Random(seed)
     if len(pairs) < 2:
-        raise UserError("--loss kto needs two pairs or more: a response to another prompt")
+        raise UserError("--loss kto needs two pairs and two held-out ones: eq. 5 mixes their texts")
     others = [(i + rng.randrange(1, len(pairs))) % len(pairs) for i in range(len(pairs))]
     unrelated = [rng.choice(pairs[other])[1] for other in others]
     return [(*pair, (pair[0][0], ids)) for pair, ids in zip(pairs, unrelated)]
@@ -242,6 +242,8 @@ def load_judge(cfg, tokenizer, eval_rows):
 def main(cfg):
     cli.check_ranges(cfg)
     cfg = with_embedded_defaults(cfg)
+    if cfg.eval_prompts and cfg.judge is None:
+        raise UserError("--eval-prompts are answered for a judge; name one with --judge")
     run = Run(cfg, ("eval_every",))  # seeds, takes --output, finds what --resume goes on from
 
     # -- setup: data, tokenizer, models, optimizer
