@@ -13,7 +13,10 @@ Goal      PPO's:  maximise  E_{x ~ prompts, y ~ pi(.|x)}[ r(x, y) ] - beta * KL(
 (2) DPO   L = - mean  log sigma(beta * (h_w - h_l))
 (3) IPO   L =   mean  (h_w - h_l - 1 / (2 beta))^2,  which also ends where all labels agree
 (4) KTO   L =   mean over the texts of  1 - sigma(beta * (h_w - z))  or  1 - sigma(beta * (z - h_l))
-(5)       z = max(0, mean h(x, y')), y' an answer to another prompt; a constant for the gradient
+(5)       z = max(0, mean h(x, y')), y' a response of another row; a constant for the gradient
+
+          (3) is of the same optimum, with the chance that y wins as r in place of Bradley and
+          Terry's score. (4) is not: it maximises a utility of h that is flat far from z.
 
 Shapes    B pairs; 2B texts of T tokens (padded on the right), the chosen ones first.
 Mask      As in sft.py: a completion and its EOS count, a prompt does not.
@@ -23,9 +26,10 @@ beta      The weight of the KL, but of a reward that (1) invents: its scale is t
           noise, so the number is not comparable with ppo.py's. Smaller goes further.
 
 Differs   The papers' sums of log-probabilities, not means per token, in all three; some libraries
-          take means for IPO. (4) has the papers' weights at 1: here each pair has one text of
+          take means for IPO. (4) has its paper's weights at 1: here each pair has one text of
           either kind. (5) is a mean over the whole batch, where the paper's code takes that of a
           micro-batch; y' is drawn once per row, so that its log pi_ref is kept like the others'.
+          That other row may have the same prompt.
 
 Sources   Rafailov et al. 2023 ((1), their eqs. 4 to 6, and (2), eq. 7); Azar et al. 2023 ((3), eq.
           17, whose tau is beta); Ethayarajh et al. 2024 ((4), eqs. 7 and 8).
@@ -116,14 +120,14 @@ def encode_row(row, tokenizer, eos_ids, cfg):
     """
     prompt, chosen, rejected = preference(row)  # strings or chats, from any accepted format
     tools = row.get("tools")
-    row.prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids, tools)
+    prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids, tools)
     _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids, tools)
-    reason = too_long(cfg, row.prompt_ids, chosen_ids, rejected_ids)
+    reason = too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
     if chosen_ids == rejected_ids:
         reason = "chosen and rejected the same"  # there is nothing to prefer
-    if not row.prompt_ids:
+    if not prompt_ids:
         reason = "with nothing before the response"  # nothing would predict its first token
-    yield reason or ((row.prompt_ids, chosen_ids), (row.prompt_ids, rejected_ids))
+    yield reason or ((prompt_ids, chosen_ids), (prompt_ids, rejected_ids))
 
 
 def with_unrelated(pairs, seed):
@@ -212,7 +216,7 @@ LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "kto": kto_loss}
 def held_out_metrics(log_ratios, cfg):
     """Of held-out pairs, from their eq. 1, (N, 2), and a third column for eq. 5 in KTO.
 
-    Both log-ratios may fall: the losses see little but their difference.
+    Both log-ratios may fall: (2) and (3) see nothing but their difference.
     """
     chosen, rejected = log_ratios[:, 0], log_ratios[:, 1]
     z = max(0.0, log_ratios[:, 2].mean().item()) if cfg.loss == "kto" else 0.0
