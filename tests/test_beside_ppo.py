@@ -20,7 +20,7 @@ import dpo  # noqa: E402
 
 import common  # noqa: E402
 import ppo  # noqa: E402
-from plumbing import cli  # noqa: E402
+from plumbing import cli, processes  # noqa: E402
 
 sigma = lambda x: 1 / (1 + math.exp(-x))
 double = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -254,8 +254,34 @@ def test_the_best_response_by_score_is_written_for_each_prompt(world, tmp_path, 
     table = [list(map(float, line.split())) for line in out.split("true reward")[1].splitlines()[1:4]]
     assert [row[0] for row in table] == [1, 2, 4] and table[0][2] < table[1][2] < table[2][2]
     assert table[2][2] == pytest.approx(sum(row["score"] for row in rows) / len(rows), abs=1e-3) and all(row[2] == row[3] for row in table)
-    status, _, err = run_stage(best_of_n, *flags, "--output", tmp_path / "mine.py" / "best.jsonl")
-    assert status == 2 and "can't write --output" in err
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--output", "{tmp}/mine.py/best.jsonl"], "can't write --output"),  # before a reward function that would fail
+    (["--output", "{tmp}/mine.jsonl"], "would replace --prompts"),
+    (["--reward", "{tmp}/mine.py:fail", "{tmp}/mine.py:fail"], "names one twice"),
+    ([], "start it with python"),
+])
+def test_best_of_n_is_refused_before_it_samples_and_replaces_no_input(more, message, world, tmp_path, run_stage, monkeypatch):
+    (tmp_path / "mine.py").write_text("def fail(prompts, responses, rows):\n    raise ValueError\n")
+    prompts = shutil.copy(world / "prompts.jsonl", tmp_path / "mine.jsonl")
+    monkeypatch.setattr(processes, "IS_TORCHRUN", not more)
+    flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'mine.py'}:fail", "--prompts", prompts, "--response-length", 6, "--device", "cpu", "--output", tmp_path / "best.jsonl"]
+    status, _, err = run_stage(best_of_n, *flags, *(word.format(tmp=tmp_path) for word in more))
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "best.jsonl").exists() and read_rows(prompts) == read_rows(world / "prompts.jsonl")
+
+
+def test_the_table_has_a_row_for_n_itself_and_each_line_of_the_file_keeps_what_its_prompt_has(world, tmp_path, run_stage):
+    (tmp_path / "mine.py").write_text("def length(prompts, responses, rows):\n    return [float(len(response)) for response in responses]\n")
+    prompts = write_rows(tmp_path / "mine.jsonl", [{"prompt": "A fox meets", "topic": "animals"}] * 2)
+    flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'mine.py'}:length", "--prompts", prompts, "--n", 3, "--response-length", 6, "--device", "cpu"]
+    status, out, err = run_stage(best_of_n, *flags, "--output", tmp_path / "best.jsonl")
+    assert status == 0, err
+    rows = read_rows(tmp_path / "best.jsonl")
+    assert [row.keys() for row in rows] == [{"prompt", "topic", "completion", "score"}] * 2
+    table = [line.split() for line in out.split("true reward")[1].splitlines()[1:4]]
+    assert [row[0] for row in table] == ["1", "2", "3"] and float(table[2][2]) == pytest.approx(sum(row["score"] for row in rows) / 2, abs=1e-3)
 
 
 # === The comparison ===============================================================================

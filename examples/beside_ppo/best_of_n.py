@@ -14,13 +14,14 @@ Goal      more score for as little KL to the SFT policy as can be: what the othe
 Shapes    B prompts, N samples of each.
 Differs   (2) is what is quoted as the KL. It is that only where samples never repeat (Beirami et
           al. 2024); with the small world's few texts the KL is smaller.
+          A response that was cut competes like one that ended.
 
 Sources   Stiennon et al. 2020 (the KL); Nakano et al. 2021 ((3), appendix I); Beirami et al. 2024.
 
 Run       python examples/beside_ppo/best_of_n.py                                  on data/
           python examples/beside_ppo/best_of_n.py --policy ckpt/sft --prompts mine.jsonl --n 16
-Writes    OUTPUT, a JSONL file of {"prompt", "completion", "score"}, the best of all --n: also what
-          `sft.py --data` would imitate (rejection sampling)
+Writes    OUTPUT, the rows of --prompts with the best of all --n as "completion" and its "score":
+          also what `sft.py --data` would imitate (rejection sampling)
 """
 
 import pathlib
@@ -42,7 +43,7 @@ from transformers import set_seed
 import common
 import ppo
 from common import UserError
-from plumbing import cli
+from plumbing import cli, processes
 from plumbing.cli import DATA, arg
 from plumbing.rows import convert, read_rows, too_long
 from plumbing.scorers import FunctionScorer, load_scorer
@@ -104,8 +105,25 @@ def sample_all(cfg, policy, tokenizer, scorers, judge, rows):
     return texts, shaped(scores), shaped(truths) if judge else None
 
 
+def write(path, text, mode):
+    """Write or append to --output."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"can't write --output {path}: {error.strerror}") from None
+
+
 def main(cfg):
     cli.check_ranges(cfg)
+    if processes.IS_TORCHRUN:
+        raise UserError("it is one process; start it with python instead of torchrun")
+    if len({*cfg.reward}) < len(cfg.reward):
+        raise UserError("--reward names one twice; it would count twice")
+    path = pathlib.Path(cfg.output)
+    if path.resolve() in [pathlib.Path(file).resolve() for file in cfg.prompts]:
+        raise UserError(f"--output {path} would replace --prompts; name another")
     set_seed(cfg.seed)
     device, options = cli.pick_device(cfg.device), {"trust_remote_code": cfg.trust_remote_code}
     judge = cfg.judge
@@ -132,23 +150,19 @@ def main(cfg):
     for model in models:
         common.place(model.requires_grad_(False), device, cfg.dtype)
     common.check_context(policy, longest)
+    write(path, "", "a")  # it can be written to: else hours of sampling would be lost
     cli.now_in.update(phase="rollout", cfg=cfg)
     texts, scores, truths = sample_all(cfg, policy, tokenizer, scorers, judge, rows)
 
     print(f"\n{'n':>6}{'KL at most':>14}{'score':>10}{'true reward':>14}".rstrip())
-    for n in [2**i for i in range(cfg.n.bit_length())]:
+    for n in sorted({cfg.n, *(2**i for i in range(cfg.n.bit_length()))}):
         true = "" if truths is None else f"{best_of(scores, truths, n).mean():>14.3f}"
         print(f"{n:>6}{kl_bound(n):>14.2f}{best_of(scores, scores, n).mean():>10.3f}{true}")
     lines = [  # eq. 1
-        {"prompt": row["prompt"], "completion": some[best], "score": own[best].item()}
+        row | {"completion": some[best], "score": own[best].item()}
         for row, some, own, best in zip(rows, texts, scores, scores.argmax(1).tolist())
     ]
-    path = pathlib.Path(cfg.output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"can't write --output {path}: {error.strerror}") from None
+    write(path, "".join(json.dumps(line) + "\n" for line in lines), "w")
     print(f"\nwrote {path}, the best of {cfg.n} to each of {len(rows)} prompts")
 
 
