@@ -38,6 +38,7 @@ NOT_RUN = {  # command: why it is not run here; of the scripts' own commands, th
     "from datasets import": "needs the network", "transformers serve": "a server", "transformers chat": "a server",
     "bench/": "takes minutes, see test_bench.py", "git apply": "see test_forks.py and test_sampling_ahead.py",
     "--sampler-device": "of a patch, see test_sampling_ahead.py", "torchrun": "see test_processes.py", "compare.py": "takes hours, see test_beside_ppo.py",
+    "docs/one_batch.py": "takes half a minute, see test_one_batch.py",
     "from transformers import pipeline": "see test_the_line_that_samples_says_what_the_policy_says",
 }
 

@@ -32,7 +32,7 @@ Differs   The papers' sums of log-probabilities, not means per token, in all thr
           That other row may have the same prompt.
 
 Sources   Rafailov et al. 2023 ((1), their eqs. 4 to 6, and (2), eq. 7); Azar et al. 2023 ((3), eq.
-          17, whose tau is beta); Ethayarajh et al. 2024 ((4), eqs. 7 and 8).
+          17, whose tau is beta); Ethayarajh et al. 2024 ((4), eq. 8 as at ICML).
 
 Run       python examples/beside_ppo/dpo.py                                  DPO, on data/
           python examples/beside_ppo/dpo.py --loss kto --output ckpt/kto
@@ -99,7 +99,7 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 
 
 # Learning rates by number of parameters: the first was measured here, the last is of the size of
-# those that Rafailov et al. 2023 (1e-6, for 2.8 B parameters) and most recipes since have used.
+# those that Rafailov et al. 2023 (1e-6, for 2.8 B parameters) and most recipes since have used; what lies between was not measured.
 LR_BY_SIZE = ((10e6, 5e-4), (1e9, 5e-6), (math.inf, 1e-6))  # (parameters below, learning rate)
 FORMATS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]  # the keys of a row
 
@@ -315,7 +315,7 @@ def main(cfg):
             "iteration": step,
             "loss": sums["loss"],  # falls, from 0.69 (dpo), 1 / (4 beta^2) (ipo), 0.5 (kto)
             "accuracy": sums["right"] / len(index),  # h_w > h_l; from 0.5 up
-            "reference_point": z,  # eq. 5, in nats
+            "reference_point": z if cfg.loss == "kto" else None,  # eq. 5, in nats
             "grad_norm": grad_norm.item(),  # before clipping
             "lr": lr,  # up, then down
         }
