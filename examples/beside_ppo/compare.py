@@ -8,8 +8,10 @@ Each seed has its own SFT policy and reward model; all methods start from them, 
 prompts and judge. Every method runs over its coefficients with the first two seeds; the one with
 the best true reward on prompts that are for this choice alone is run with all seeds, and what is
 reported is of other prompts, 4 samples each. Runs that are finished in --work are not run again, so
-the same command goes on after a stop. The curves along training are those of the first two seeds;
-CPU seconds are of the others if there are some, without the evaluations in between.
+the same command goes on after a stop; after a change of code it needs a new --work. The curves
+along training are those of the first two seeds; CPU seconds are of the others if there are some,
+without the evaluations in between. (The first two seeds chose the coefficient, on other prompts,
+and are among those reported.)
 
 With --stories a real pretrained model learns to go on with two sentences; the pairs are two of its
 own, and the judge counts words (cheerful.py) and errs. Writes --output (JSON), the picture beside
@@ -138,7 +140,9 @@ def run_job(job):
     """Train, then measure; what is in the folder already is not done again. Returns the record."""
     record = job["folder"] / "compare.json"
     if record.exists():
-        return json.loads(record.read_text())
+        done = json.loads(record.read_text())
+        if done.get("ran", job["command"]) == job["command"]:
+            return done
     result = train(job) if job["command"] else {}
     if job["kind"] == "policy":
         result |= measure(job)
@@ -147,6 +151,7 @@ def run_job(job):
     elif job["kind"] == "pairs":
         make_pairs(job)
     job["folder"].mkdir(parents=True, exist_ok=True)
+    result["ran"] = job["command"]
     record.write_text(json.dumps(result))
     print(f"  {job['name']}", flush=True)
     return result

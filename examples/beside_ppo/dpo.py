@@ -99,7 +99,8 @@ class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.
 
 
 # Learning rates by number of parameters: the first was measured here, the last is of the size of
-# those that Rafailov et al. 2023 (1e-6, for 2.8 B parameters) and most recipes since have used; what lies between was not measured.
+# those that Rafailov et al. 2023 (1e-6, for 2.8 B parameters) and most recipes since; what lies
+# between was not measured.
 LR_BY_SIZE = ((10e6, 5e-4), (1e9, 5e-6), (math.inf, 1e-6))  # (parameters below, learning rate)
 FORMATS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]  # the keys of a row
 
