@@ -429,10 +429,9 @@ def of_response(record):
         numbers |= {f"{name}_T": one[name][t], f"{name}_before": one[name][t - 1]}
         numbers[f"{name}_0"] = one[name][0]
     columns = one["logprobs"], one["ref_logprobs"], kl, *map(one.get, columns[1:])
-    heads = "t", "token", "log π", "log π_ref", "KL", "r", "V", "δ", "A", "G", "A, whitened"
     names = ["`" + word(t).replace("|", r"\|") + "`" for t in range(t + 1)]
     rows = [[f"{i}", names[i], *(show(x[i], ".3f") for x in columns)] for i in range(t + 1)]
-    return numbers | {"table_of_tokens": table(heads, rows)}
+    return numbers | {"rows_of_tokens": table(rows)}
 
 
 def kl_of(one):
@@ -469,8 +468,7 @@ def of_epochs(record):
         cut = statistics.mean(is_cut(ratio, a, eps) for ratio, a in zip(ratios, white))
         cells = f"{kl:.4f}", f"{min(ratios):.4f}", f"{max(ratios):.2f}"
         rows.append([f"{epoch}", *cells, f"{outside:.1%}", f"{cut:.1%}"])
-    heads = "after epoch", "approx_kl", "lowest ρ", "highest ρ", "outside 1 ± ε", "cut"
-    return {"last_approx_kl": kl, "last_cut": cut, "table_of_epochs": table(heads, rows)}
+    return {"last_approx_kl": kl, "last_cut": cut, "rows_of_epochs": table(rows)}
 
 
 def show(number, form):
@@ -480,9 +478,9 @@ def show(number, form):
     return text.lstrip("+-") if zero else text.replace("-", "−", text.startswith("-"))
 
 
-def table(heads, rows):
-    lines = heads, ["---:"] * len(heads), *rows
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(rows):
+    """The rows of a Markdown table; its head has words, and those are the template's."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # === 4. The pictures ==============================================================================

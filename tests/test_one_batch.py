@@ -251,7 +251,7 @@ def test_a_token_is_called_cut_exactly_where_policy_loss_has_no_gradient():
         cut = torch.tensor([one_batch.is_cut(r, a, SETTINGS["clip_eps"]) for r, a in zip(ratio.tolist(), white.tolist())])
         assert cut.equal((new.grad == 0) & (white != 0)) and 0 < cut.sum() < len(cut)
         stats = ppo.update_statistics(losses.detach(), losses.detach(), ratio.detach(), len(old), len(old), SETTINGS["clip_eps"])
-        row = RECORD["page"]["table_of_epochs"].splitlines()[1 + epoch].split(" | ")
+        row = RECORD["page"]["rows_of_epochs"].splitlines()[epoch - 1].split(" | ")
         low, high = ratio.min().item(), ratio.max().item()
         cells = f"{stats['approx_kl']:.4f}", f"{low:.4f}", f"{high:.2f}", f"{stats['clip_fraction']:.1%}", f"{cut.double().mean():.1%}"
         assert [cell.strip(" |") for cell in row] == [f"{epoch}", *cells]
