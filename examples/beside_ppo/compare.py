@@ -64,7 +64,7 @@ METHODS = {
     "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss.patch"),
     "DPO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "dpo")),
     "IPO": Method(DPO, "--beta", (0.01, 0.03, 0.1, 0.3), ("--loss", "ipo")),
-    "KTO": Method(DPO, "--beta", (0.1, 0.3, 1.0, 3.0), ("--loss", "kto")),
+    "KTO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "kto")),
 }
 KNOBS = {  # of PPO, one at a time: with --methods; the defaults are those of PPO with 0.15
     "lam": Method(PPO, "--lam", (0.9, 1.0)),
