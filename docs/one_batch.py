@@ -322,7 +322,7 @@ def summary(record):
     of_run = ("score", "score_std", "true_reward", "kl", "approx_kl", "clip_fraction", "lr")
     of_run += ("ratio_first", "sampler_gap", "explained_variance", "optimizer_steps")
     numbers = settings | record["probes"] | {name: last[name] for name in of_run} | {
-        "longest": LONGEST, "cold": COLD, "dropout": DROPOUT, "small_lr": SMALL_LR, "open": OPEN,
+        "cold": COLD, "dropout": DROPOUT, "small_lr": SMALL_LR, "open": OPEN,
         "gamma_lam": settings["gamma"] * settings["lam"],
         "updates_before": settings["iteration"] - 1,
         "next_lr_share": 1 - settings["iteration"] / settings["iterations"],
@@ -356,7 +356,9 @@ def of_kl(record):
     pairs = zip(batch["logprobs"], batch["ref_logprobs"])
     kls = [[x - y for x, y in zip(*pair)] for pair in pairs]
     summed, exact = [*map(sum, kls)], batch["exact_kl"]
+    gaps = [x - y for x, y in zip(exact, summed)]  # of the same responses
     return {
+        "kl_gap": statistics.mean(gaps), "kl_gap_error": standard_error(gaps),
         "kl_error": standard_error(summed), "exact_kl": statistics.mean(exact),
         "exact_kl_error": standard_error(exact), "kl_per_token": statistics.mean(flat(kls)),
         "negative_tokens": statistics.mean(x < 0 for x in flat(kls)),
@@ -449,12 +451,18 @@ def three_tokens(one):
 
 
 def of_three_tokens(record):
-    one, numbers = record["response"], {}
+    """Of each its t, word and probabilities; of the first also the last ratio, and in how many of
+    the minibatches that had its response it was not cut."""
+    one, eps, numbers = record["response"], record["settings"]["clip_eps"], {}
     for name, t in zip("abc", three_tokens(one)):
         old, new = math.exp(one["logprobs"][t]), math.exp(one["new_logprobs"][-1][t])
-        numbers |= {f"{name}_old": old, f"{name}_new": new}
+        numbers |= {f"{name}_t": t, f"{name}_old": old, f"{name}_new": new}
         numbers[f"{name}_token"] = one["tokens"][t].strip()
-    return numbers
+    t, before = three_tokens(one)[0], [one["logprobs"], *one["new_logprobs"]]  # each step
+    own = [step for step, rows in enumerate(record["batch"]["minibatches"]) if one["row"] in rows]
+    ratios = [math.exp(before[step][t] - one["logprobs"][t]) for step in own]
+    numbers["a_pushed"] = sum(not is_cut(ratio, one["whitened"][t], eps) for ratio in ratios)
+    return numbers | {"a_ratio": numbers["a_new"] / numbers["a_old"]}
 
 
 def of_epochs(record):
@@ -578,7 +586,7 @@ def draw_batch(record):
     end = p + len(batch["logprobs"][row]), row + 0.5
     arrow = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5}
     axes.annotate(f"row {row}", end, (p + 0.85 * r, row + 0.5), arrowprops=arrow, **box)
-    axes.set_xlabel("position, P + R")
+    axes.set_xlabel("column, P + R")
     axes.set_ylabel("row of B")
     axes.tick_params(labelsize=9)
     return figure
@@ -601,7 +609,7 @@ def draw_tokens(record):
         axes.text(-1.65, top + 0.5, name, fontsize=10.5, weight="bold", va="center", color=ORANGE)
         for i, word in enumerate(words):
             x, y, counts = i % per_line, top + 1 + 3.4 * (i // per_line), i in counted
-            for below, label in enumerate(("position", "token", mask) if x == 0 else ()):
+            for below, label in enumerate(("column", "token", mask) if x == 0 else ()):
                 label = {"s": label, "fontsize": 8.5, "color": "0.3", "ha": "right"}
                 axes.text(-0.1, y + below + 0.5, va="center", **label)
             axes.text(x + 0.5, y + 0.5, f"{start + i}", fontsize=8, color="0.4", **CENTER)

@@ -18,6 +18,7 @@ from conftest import ROOT, read_rows, tiny_lm
 
 import common
 import ppo
+from data.true_reward import ANIMALS
 from plumbing import cli
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -79,7 +80,7 @@ def test_the_recorded_numbers_of_the_page_are_those_that_the_record_gives_today(
 def test_the_template_has_no_number_of_its_own(template):
     text = re.sub(r"```.*?```|`[^`{]*`|\]\([^)]*\)", " ", read(template), flags=re.S)
     bare = "".join(piece for piece, *_ in string.Formatter().parse(text))  # without the fields
-    bare = re.sub(r"(?m)^## \d\. |[Ee]qs?\. \d\w?( and \d)?|eq\. \d|\(section \d\)|of sections \d and \d|float32|bf16|\bc[12]\b|第 \d 节", " ", bare)
+    bare = re.sub(r"(?m)^## \d\. |[Ee]qs?\. \d\w?( and \d)?|eq\. \d|sections? \d(?: and \d)?|float32|bf16|\bc[12]\b|第 \d 节", " ", bare)
     assert set(re.findall(r"\d+(?:\.\d+)?", bare)) <= {"0", "1"}  # t = 0, ratio 1, i + 1
 
 
@@ -257,6 +258,7 @@ def test_a_token_is_called_cut_exactly_where_policy_loss_has_no_gradient():
         losses.sum().backward()
         cut = torch.tensor([one_batch.is_cut(r, a, SETTINGS["clip_eps"]) for r, a in zip(ratio.tolist(), white.tolist())])
         assert cut.equal((new.grad == 0) & (white != 0)) and 0 < cut.sum() < len(cut)
+        assert cut[ratio.argmin()] and cut[ratio.argmax()]  # "the extremes are cut tokens"
         stats = ppo.update_statistics(losses.detach(), losses.detach(), ratio.detach(), len(old), len(old), SETTINGS["clip_eps"])
         row = RECORD["page"]["rows_of_epochs"].splitlines()[epoch - 1].split(" | ")
         low, high = ratio.min().item(), ratio.max().item()
@@ -285,6 +287,8 @@ def test_numbers_of_the_page_are_those_computed_by_hand_from_the_record():
     by_hand = {
         "N": n, "places": r * len(BATCH["ended"]), "P": p, "R": r, "T": len(ONE["ids"]), "pads_behind": r - len(ONE["ids"]),
         "padding_share": 1 - (n + sum(BATCH["prompt_lengths"])) / (len(BATCH["ended"]) * (p + r)),
+        "kl_gap": sum(BATCH["exact_kl"]) / len(summed) - summed.mean().item(),
+        "kl_gap_error": ((flat([BATCH["exact_kl"]]) - summed).var(correction=0) / len(summed)).sqrt().item(),
         "kl_error": (summed.var(correction=0) / len(summed)).sqrt().item(), "lowest_kl": summed.min().item(),
         "exact_kl": sum(BATCH["exact_kl"]) / len(summed), "kl_per_token": kl.mean().item(),
         "negative_tokens": (kl < 0).double().mean().item(), "negative_responses": (summed < 0).sum().item(),
@@ -306,7 +310,21 @@ def test_numbers_of_the_page_are_those_computed_by_hand_from_the_record():
     for name, best in (("a", max), ("b", min)):  # the three tokens
         t = best((t for t, x in enumerate(ONE["logprobs"]) if x < math.log(0.9)), key=ONE["whitened"].__getitem__)
         assert page[f"{name}_token"] == ONE["tokens"][t].strip()
-        assert page[f"{name}_new"] == pytest.approx(math.exp(ONE["new_logprobs"][-1][t]), rel=1e-5)
+        assert page[f"{name}_t"] == t and page[f"{name}_new"] == pytest.approx(math.exp(ONE["new_logprobs"][-1][t]), rel=1e-5)
+
+
+def test_what_the_page_says_in_words_of_the_followed_response_is_so():
+    page, words = RECORD["page"], re.findall(r"[a-z]+", ONE["prompt"].lower())
+    assert page["delta_token"] in ANIMALS and page["delta_token"] not in words  # "the prompt has no chick"
+    assert 0 < page["a_pushed"] < SETTINGS["ppo_epochs"] and page["a_ratio"] > 1 + SETTINGS["clip_eps"]
+    log = torch.tensor([ONE["logprobs"], *ONE["new_logprobs"]], dtype=torch.float64)[:, page["a_t"]]
+    new = log[[ONE["row"] in rows for rows in BATCH["minibatches"]] + [False]].requires_grad_()  # as its own steps began
+    ppo.policy_loss(new, log[:1].expand(len(new)), torch.full_like(new, ONE["whitened"][page["a_t"]]), SETTINGS["clip_eps"])[0].sum().backward()
+    assert len(new) == SETTINGS["ppo_epochs"] and page["a_pushed"] == (new.grad != 0).sum()
+    assert math.log(page["a_ratio"]) == pytest.approx((log[-1] - log[0]).item(), abs=1e-5)
+    ups, moved = torch.tensor(ONE["whitened"]) > 0, torch.tensor(ONE["new_logprobs"][-1]) > torch.tensor(ONE["logprobs"])
+    assert ups[page["c_t"]] != moved[page["c_t"]]  # the wrong way
+    assert abs(page["kl_gap"]) < 2 * page["kl_gap_error"]  # "may be chance"
 
 
 def test_probes_are_within_what_they_can_be():
