@@ -76,7 +76,7 @@ def main():
         for stage in ("sft", "reward_model"):
             jobs = [job for seed in seeds for job in compare.jobs_of(world, work, seed)]
             list(pool.map(compare.run_job, [job for job in jobs if job["folder"].name == stage]))
-        list(pool.map(compare.run_job, [job_of(world, work, s, n) for n in ROWS for s in seeds]))
+        list(pool.map(compare.run_job, [job_of(world, work, s, n) for s in seeds for n in ROWS]))
     stages = [
         {
             "sft": rows_of(work / f"seed{seed}" / "sft")[-1],
