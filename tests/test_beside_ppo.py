@@ -351,7 +351,7 @@ def test_prompts_for_the_choice_of_coefficients_are_in_no_file_of_the_world(tmp_
 
 
 def fake_result():
-    run = lambda kl: {"heldout": {"true_reward": 1 + kl / 4, "score": kl / 3, "kl": kl}, "cpu_seconds": 30.0, "peak_memory_gb": 0.5,
+    run = lambda kl: {"heldout": {"true_reward": 1 + kl / 4, "score": kl / 3, "kl": kl, "different": 0.5}, "cpu_seconds": 30.0, "peak_memory_gb": 0.5,
                       "curve": [{"kl": kl * i / 3, "true_reward": 1 + i / 9, "score": i / 5} for i in range(4)]}
     method = lambda flag: {"flag": flag, "chosen": 0.1, "runs": {"0.1": {"0": run(3.0), "1": run(3.5), "2": run(3.2)}, "0.3": {"0": run(1.0), "1": run(1.1)}}}
     best = [{"n": 2**i, "kl": best_of_n.kl_bound(2**i), "score": i / 4, "true_reward": 1 + i / 4} for i in range(9)]
@@ -359,13 +359,24 @@ def fake_result():
             "stages": {"0": {"sft": run(0.0), "reward_model": run(0.0)}}}
 
 
-def test_the_table_has_the_chosen_coefficient_with_its_spread_and_the_picture_is_drawn(tmp_path, capsys):
-    compare.print_table(fake_result())
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DPO")]
-    assert line.split() == ["DPO", "--beta", "0.1", *"1.81 +- 0.06 3.23 +- 0.25 1.08 +- 0.08 30 0.50 3".split()]
+def test_the_table_has_the_chosen_coefficient_with_its_spread_and_the_picture_is_drawn(tmp_path):
+    lines = compare.table(fake_result())
+    assert "| DPO | `--beta 0.1` | 1.81 ± 0.06 | 3.23 ± 0.25 | 1.08 ± 0.08 | 0.50 ± 0.00 | 30 | 0.50 | 3 |" in lines
+    assert "| best of n | n = 4 | 1.50 ± 0.00 | at most 0.64 | 0.50 ± 0.00 |  |  |  | 2 |" in lines
+    assert "| PPO | `--kl-coef 0.3` | 1.26 ± 0.02 | 1.05 ± 0.07 | 0.35 ± 0.02 | 0.50 ± 0.00 | 2 |" in compare.sweep_table(fake_result())
     pytest.importorskip("matplotlib")
     compare.draw(fake_result(), tmp_path / "picture.png")
     assert pathlib.Path(tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["beside_ppo", "beside_ppo_stories"])
+def test_the_tables_of_the_page_are_those_of_the_results(name):
+    path = ROOT / "results" / f"{name}.json"
+    if not path.exists():
+        pytest.skip("not measured")
+    page, result = (ROOT / "examples" / "beside_ppo" / "README.md").read_text(encoding="utf-8"), json.loads(path.read_text(encoding="utf-8"))
+    for line in compare.table(result) + compare.sweep_table(result):
+        assert line in page
 
 
 def test_the_command_that_goes_on_names_the_script_as_it_was_called(monkeypatch):

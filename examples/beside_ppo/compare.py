@@ -380,40 +380,46 @@ def compare(world, work, num_seeds, num_jobs, methods):
 
 
 # === Table and picture ============================================================================
+KEYS = ("true_reward", "kl", "score", "different")
+
+
 def spread(values):
-    """mean +- deviation, as text."""
+    """mean ± deviation, as text."""
     values = list(values)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.2f} +- {deviation:.2f}"
+    return f"{statistics.fmean(values):.2f} ± {deviation:.2f}"
 
 
-def print_table(result):
-    """One line per method, at the coefficient that was chosen, on the held-out prompts."""
-    print(f"\n{'':<18}{'coefficient':<18}{'true reward':>14}{'KL, nats':>14}{'score':>14}"
-          f"{'CPU s':>8}{'GB':>6}{'seeds':>7}")
-    line = lambda name, what, runs, more="": print(
-        f"{name:<18}{what:<18}" + "".join(
-            f"{spread(run['heldout'][key] for run in runs):>14}"
-            for key in ("true_reward", "kl", "score")
-        ) + more
-    )
-    line("SFT policy", "", result["sft"].values())
+def table(result):
+    """Markdown: a row per method, at the coefficient that was chosen, on the held-out prompts."""
+    heads = ["", "coefficient", "true reward", "KL, nats", "score", "different texts"]
+    lines = [heads + ["CPU seconds", "GB", "seeds"], 9 * ["---"]]
+    numbers = lambda runs: [spread(run["heldout"][key] for run in runs) for key in KEYS]
+    lines += [["SFT policy", "", *numbers(result["sft"].values()), "", "", str(len(result["sft"]))]]
     for name, method in result["methods"].items():
         runs = method["runs"][str(method["chosen"])]
         timed = [run for seed, run in runs.items() if int(seed) > 1] or list(runs.values())
-        seconds = statistics.fmean(run["cpu_seconds"] for run in timed)
-        memory = statistics.fmean(run["peak_memory_gb"] for run in timed)
-        what = f"{method['flag']} {method['chosen']:g}"
-        line(name, what, runs.values(), f"{seconds:>8.0f}{memory:>6.2f}{len(runs):>7}")
-    number = len(next(iter(result["best_of_n"].values())))
-    for i in range(2, number, 2):
-        rows = [rows[i] for rows in result["best_of_n"].values()]
-        numbers = [spread(row[key] for row in rows) for key in ("true_reward", "score")]
-        print(f"{'best of n':<18}{'n = ' + str(2**i):<18}{numbers[0]:>14}"
-              f"{'<= ' + format(rows[0]['kl'], '.2f'):>14}{numbers[1]:>14}")
-    for stage in ("sft", "reward_model"):
-        seconds = [stages[stage]["cpu_seconds"] for stages in result["stages"].values()]
-        print(f"{stage}.py: {spread(seconds)} CPU seconds")
+        cost = [f"{statistics.fmean(run['cpu_seconds'] for run in timed):.0f}"]
+        cost += [f"{statistics.fmean(run['peak_memory_gb'] for run in timed):.2f}", str(len(runs))]
+        what = f"`{method['flag']} {method['chosen']:g}`"
+        lines += [[name, what, *numbers(runs.values()), *cost]]
+    best = list(zip(*result["best_of_n"].values()))
+    for rows in best[2::2]:
+        true, score = (spread(row[key] for row in rows) for key in ("true_reward", "score"))
+        number, bound = f"n = {rows[0]['n']}", f"at most {rows[0]['kl']:.2f}"
+        lines += [["best of n", number, true, bound, score, "", "", "", str(len(rows))]]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def sweep_table(result):
+    """Markdown: a row per method and coefficient, over the seeds that ran it."""
+    lines = [["", "coefficient", "true reward", "KL, nats", "score", "different texts", "seeds"]]
+    lines += [7 * ["---"]]
+    for name, method in result["methods"].items():
+        for coefficient, runs in method["runs"].items():
+            numbers = [spread(run["heldout"][key] for run in runs.values()) for key in KEYS]
+            lines += [[name, f"`{method['flag']} {coefficient}`", *numbers, str(len(runs))]]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def draw(result, path):
@@ -493,7 +499,10 @@ def main():
     world = story_world(work, *args.stories) if args.stories else embedded_world(work)
     result = compare(world, work, args.seeds, args.jobs, args.methods)
     pathlib.Path(args.output).write_text(json.dumps(machine() | result, indent=1) + "\n")
-    print_table(result)
+    print("\n".join([*table(result), "", *sweep_table(result), ""]))
+    for stage in ("sft", "reward_model"):
+        seconds = [stages[stage]["cpu_seconds"] for stages in result["stages"].values()]
+        print(f"{stage}.py: {spread(seconds)} CPU seconds")
     if importlib.util.find_spec("matplotlib"):
         draw(result, pathlib.Path(args.output).with_suffix(".png"))
 
