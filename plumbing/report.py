@@ -145,11 +145,11 @@ def ppo_result(cfg, baseline, samples):
             print(_wrapped(f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}"))
     prompt = samples[0]["prompt"]
     prompt = prompt[:66] if isinstance(prompt, str) else [prompt[-1]]
+    print(f"\nthe curves: python plot.py {cfg.output}")
+    if not isinstance(prompt, str):
+        print(f"to talk: transformers serve {cfg.output}, then transformers chat {cfg.output}")
     print(f'''
 wrote {cfg.output}, an ordinary Hugging Face folder; to load and try it:
     from transformers import pipeline
     generate = pipeline("text-generation", "{cfg.output}")
     print(generate({json.dumps(prompt, ensure_ascii=False)}, max_new_tokens=64))''')
-    if not isinstance(prompt, str):
-        print(f"to talk to it: transformers serve {cfg.output}, then transformers chat {cfg.output}")
-    print(f"its curves: python plot.py {cfg.output}")

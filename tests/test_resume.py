@@ -494,8 +494,9 @@ def test_sigkill_in_a_real_process_then_resume(world, tmp_path):
     flags = list(map(str, flags_of("sft", world, "--epochs", 40, "--save-every", 1, "--output", tmp_path / "parts")))
     process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *flags], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "parts" / "trainer_state").exists() and time.monotonic() < deadline:
+    while not list((tmp_path / "parts").glob("checkpoint-?*/trainer_state")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert process.poll() is None  # in the middle
     process.send_signal(signal.SIGKILL)
     process.wait()
     run = subprocess.run([sys.executable, str(ROOT / "sft.py"), *flags, "--resume"], env=environment, capture_output=True, text=True, timeout=300)

@@ -438,7 +438,6 @@ def draw(result, path):
         axes.plot(*numbers, color="black", lw=1.5, ls="--", label="best of n (KL at most)")
         axes.set_xlabel("KL to the SFT policy, nats (square root scale)")
         axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     for number, (name, method) in enumerate(result["methods"].items()):
         color, marker = f"C{number}", "osD^vPX"[number % 7]
@@ -463,6 +462,8 @@ def draw(result, path):
                 [row["kl"] for row in curve], [row["true_reward"] for row in curve],
                 color=color, marker=marker, ms=3, lw=1, alpha=0.8, label=label,
             )
+    for axes in (sweep, along, proxy):
+        axes.set_xlim(left=0)
     sweep.set_title("true reward, by coefficient", fontsize=11)
     along.set_title("true reward along training, furthest coefficient", fontsize=11)
     proxy.set_title("score of the reward model, by coefficient", fontsize=11)
