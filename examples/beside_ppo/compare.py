@@ -360,6 +360,8 @@ def compare(world, work, num_seeds, num_jobs, methods):
         results |= dict(zip(rest, pool.map(run_job, [
             jobs_of(world, work, seed, name, c, look=False) for name, c, seed in rest
         ])))
+    for result in results.values():
+        result.pop("ran", None)
     runs = lambda name, c: {
         str(seed): results[name, c, seed] for seed in seeds if (name, c, seed) in results
     }
