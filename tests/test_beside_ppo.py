@@ -350,6 +350,14 @@ def test_prompts_for_the_choice_of_coefficients_are_in_no_file_of_the_world(tmp_
     assert len(chosen) == 256 and not chosen & used
 
 
+def test_the_coefficient_is_chosen_by_the_true_reward_on_the_prompts_for_the_choice():
+    first, second, *others = compare.METHODS["KTO"].coefficients
+    run = lambda choice, heldout: {"choice": {"true_reward": choice}, "heldout": {"true_reward": heldout}}
+    results = {("KTO", c, seed): run(1.0, 5.0) for c in (first, *others) for seed in (0, 1)}
+    results |= {("KTO", second, 0): run(0.5, 0.0), ("KTO", second, 1): run(2.0, 0.0)}
+    assert compare.choose(results, "KTO", (0, 1)) == second
+
+
 def fake_result():
     run = lambda kl: {"heldout": {"true_reward": 1 + kl / 4, "score": kl / 3, "kl": kl, "different": 0.5}, "cpu_seconds": 30.0, "peak_memory_gb": 0.5,
                       "curve": [{"kl": kl * i / 3, "true_reward": 1 + i / 9, "score": i / 5} for i in range(4)]}

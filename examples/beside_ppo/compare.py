@@ -335,6 +335,13 @@ def jobs_of(world, work, seed, method=None, coefficient=None, look=True):
     return base | job | {"root": root, "name": f"seed {seed}: {method} {coefficient:g}"}
 
 
+def choose(results, name, seeds):
+    """The coefficient with the best mean true reward on the prompts that are for this choice."""
+    reward = lambda c, seed: results[name, c, seed]["choice"]["true_reward"]
+    mean = lambda c: statistics.fmean(reward(c, seed) for seed in seeds)
+    return max(ALL[name].coefficients, key=mean)
+
+
 def compare(world, work, num_seeds, num_jobs, methods):
     """All runs: {"methods": {name: {...}}, "best_of_n": ..., "sft": ...}."""
     for method in ALL.values():
@@ -350,12 +357,7 @@ def compare(world, work, num_seeds, num_jobs, methods):
         results = dict(zip(swept, pool.map(run_job, [
             jobs_of(world, work, seed, name, c) for name, c, seed in swept
         ])))
-        choice = lambda name, c: statistics.fmean(
-            results[name, c, seed]["choice"]["true_reward"] for seed in first
-        )
-        best = {
-            name: max(ALL[name].coefficients, key=lambda c: choice(name, c)) for name in methods
-        }
+        best = {name: choose(results, name, first) for name in methods}
         rest = [(name, best[name], seed) for name in methods for seed in seeds if seed not in first]
         results |= dict(zip(rest, pool.map(run_job, [
             jobs_of(world, work, seed, name, c, look=False) for name, c, seed in rest
