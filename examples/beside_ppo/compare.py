@@ -88,7 +88,6 @@ class World:
     judge: str
     response_length: int
     sft: tuple = ()
-    pairs: tuple = ()  # of reward_model.py and dpo.py
     ppo: tuple = ()
     makes_pairs: bool = False
     best_of: int = 256  # samples to each prompt for best of n
@@ -128,7 +127,7 @@ def story_world(work, model, stories):
     sft = ("--model", model, "--data", data("demonstrations"), "--epochs", "3", "--lr", "1e-3")
     judge = f"{HERE / 'cheerful.py'}:cheerful"
     ppo = ("--prompts", data("pair_prompts"), "--eval-prompts", data("heldout_prompts"))
-    return World(work, judge, 96, sft, (), (*ppo, "--judge", judge), makes_pairs=True, best_of=64)
+    return World(work, judge, 96, sft, (*ppo, "--judge", judge), makes_pairs=True, best_of=64)
 
 
 def write_rows(path, rows):
