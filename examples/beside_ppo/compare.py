@@ -261,7 +261,7 @@ def measure_best_of_n(job):
 
 
 def make_pairs(job):
-    """Two responses of the SFT policy to each prompt; the judge prefers one, and may err."""
+    """Pairs of the SFT policy's responses between which the judge sees a difference; it may err."""
     import torch
 
     import best_of_n
@@ -269,15 +269,15 @@ def make_pairs(job):
     _, policy, _, tokenizer, _, judge = load(job, job["seed_folder"] / "sft")
     torch.manual_seed(job["seed"])
     rng = random.Random(job["seed"])
-    cfg = best_of_n.Config(n=4, response_length=job["world"].response_length, batch_size=512)
+    cfg = best_of_n.Config(n=8, response_length=job["world"].response_length, batch_size=512)
     rows = prompt_rows(job, "pair", tokenizer)
     texts, _, truths = best_of_n.sample_all(cfg, policy, tokenizer, [judge], judge, rows)
     pairs = []
     for row, some, true in zip(rows, texts, truths.tolist()):
-        for first, second in ((0, 1), (2, 3)):
-            if some[first] == some[second]:
+        for first, second in ((0, 1), (2, 3), (4, 5), (6, 7)):
+            if true[first] == true[second]:
                 continue
-            wins = rng.random() < 1 / (1 + math.exp(true[second] - true[first]))
+            wins = rng.random() < 1 / (1 + math.exp(1.5 * (true[second] - true[first])))
             chosen, rejected = (first, second) if wins else (second, first)
             pairs.append(
                 {"prompt": row["prompt"], "chosen": some[chosen], "rejected": some[rejected]}
