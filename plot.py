@@ -9,6 +9,7 @@ Reads     the metrics.jsonl of each run. Lines are training batches, markers are
 Needs     matplotlib, which only this file uses: pip install matplotlib
 Run       python plot.py ckpt/ppo
           python plot.py ckpt/ppo ckpt/ppo_beta0 --output curves.png
+          python plot.py ckpt/ppo ckpt/ppo_beta0 --panels 1 --output hacking.png
 """
 
 import argparse
@@ -186,8 +187,8 @@ def draw_panel(axes, panel, runs):
         axes.set_xlabel("KL, nats per response; logarithmic above 1")
 
 
-def draw(runs):
-    """The picture as a matplotlib Figure, made without pyplot: no display, no global state."""
+def draw(runs, number=None):
+    """The (first number of) panels as a matplotlib Figure, without pyplot: no global state."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -195,7 +196,7 @@ def draw(runs):
         raise UserError("plot.py needs the package matplotlib; pip install matplotlib") from None
     rows = [row for run in runs for row in run.training + run.held_out]
     is_logged = lambda panel: has(rows, panel.x) and any(has(rows, key) for key in panel.metrics)
-    panels = list(filter(is_logged, PANELS[runs[0].stage]))
+    panels = list(filter(is_logged, PANELS[runs[0].stage]))[:number]
     odd, height = len(panels) % 2, math.ceil(len(panels) / 2)
     heights = [1 + 0.4 * odd] + [1] * (height - 1)  # of an odd number, the first is large
     figure = Figure(figsize=(9.5, 0.5 + 2.5 * sum(heights)), layout="constrained")
@@ -237,10 +238,13 @@ def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="output folder of a stage, or a metrics.jsonl")
     parser.add_argument("--output", default="curves.png", help="PNG file (default: %(default)s)")
+    parser.add_argument("--panels", type=int, metavar="N", help="only the first N (default: all)")
     args = parser.parse_args(argv)
+    if args.panels is not None and args.panels < 1:
+        raise UserError(f"--panels {args.panels} draws nothing; give 1 or more")
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output!r} is no PNG; give a name that ends in .png")
-    save(draw(read_runs(args.run)), args.output)
+    save(draw(read_runs(args.run), args.panels), args.output)
     print(f"wrote {args.output}")
 
 

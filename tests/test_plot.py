@@ -165,6 +165,7 @@ def test_a_bad_metrics_file_is_refused_by_file_and_line(run_plot, tmp_path, text
     (["ppo", "--output", "a.pdf"], ["a.pdf", "ends in .png"]), (["ppo", "--output", "empty"], ["ends in .png"]),
     (["ppo", "./ppo/"], ["ppo is given twice"]), (["ppo"] * 7, ["7 runs are too many", "up to 6"]),
     (["ppo", "sft"], ["ppo is a run of ppo.py", "sft one of sft.py", "two pictures"]),
+    (["ppo", "--panels", "0"], ["--panels 0 draws nothing"]), (["ppo", "--panels", "x"], ["invalid int value: 'x'"]),
     (["sft", "reward_model"], ["sft is a run of sft.py", "reward_model one of reward_model.py"]),
 ])
 def test_bad_arguments_are_refused(run_plot, tmp_path, arguments, fragments):
@@ -193,6 +194,15 @@ def test_the_picture_is_a_png_that_takes_the_place_of_an_old_one(matplotlib, run
     width, height = struct.unpack(">II", data[16:24])  # of the header chunk IHDR
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and width >= 1500 and width < height < 1.5 * width
     assert sorted(os.listdir(tmp_path)) == ["curves.png", "ppo"]
+
+
+def test_the_first_panels_alone_are_drawn(matplotlib, run_plot, tmp_path):
+    write_run(tmp_path / "ppo", JUDGED)
+    titles = lambda number: [axes.get_title(loc="left") for axes in plot.draw(plot.read_runs([tmp_path / "ppo"]), number).axes if axes.get_legend()]
+    assert titles(1) == titles(None)[:1] and titles(2) == titles(None)[:2] and titles(99) == titles(None)
+    assert run_plot("ppo", "--panels", "1") == (0, "wrote curves.png\n", "")
+    width, height = struct.unpack(">II", (tmp_path / "curves.png").read_bytes()[16:24])
+    assert width > 2 * height  # a picture for the top of a page
 
 
 def test_the_lines_are_the_training_rows_and_the_markers_the_held_out_ones(matplotlib, tmp_path):
