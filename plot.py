@@ -40,7 +40,8 @@ RATE = Panel("Learning rate: up, then down", {"lr": "learning rate"}, "per optim
 # FORK: a metric of your own gets a panel here. A panel without a number in any run is left out.
 PANELS = {
     "ppo.py": [
-        Panel("Both rise: good. They part: reward hacking", REWARDS, "reward per response"),
+        Panel("Both rise: good. Score up, true reward down: hacking",
+              REWARDS, "reward per response"),
         Panel("What distance from the SFT policy buys", REWARDS, "reward per response", x="kl"),
         Panel("Distance from the SFT policy, and its price", {"kl": "KL", "kl_coef": "beta"},
               "nats per response", "beta (kl_coef)"),

@@ -442,12 +442,12 @@ def kl_of(one):
 
 def three_tokens(one):
     """[t, t, t]: of the tokens whose probability was below OPEN that with the highest advantage and
-    that with the lowest, and of all others the one that moved most against its own."""
+    that with the lowest, and of the rest the one that moved most against its own."""
     old, new, white = one["logprobs"], one["new_logprobs"][-1], one["whitened"]
     is_open = [t for t, x in enumerate(old) if math.exp(x) < OPEN]
     up, down = (pick(is_open, key=lambda t: white[t]) for pick in (max, min))
     against = lambda t: math.copysign(1, white[t]) * (old[t] - new[t])
-    return [up, down, max((t for t in range(len(old)) if t not in (up, down)), key=against)]
+    return [up, down, max((t for t in is_open if t not in (up, down)), key=against)]
 
 
 def of_three_tokens(record):
