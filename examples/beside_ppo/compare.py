@@ -432,7 +432,8 @@ def draw(result, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (sweep, along, proxy) = pyplot.subplots(1, 3, figsize=(16, 5.2))
+    figure = pyplot.figure(figsize=(11, 9.5))
+    sweep, along, proxy = (figure.add_subplot(*place) for place in ((2, 1, 1), (2, 2, 3), (2, 2, 4)))
     mean = lambda rows, key: statistics.fmean(row[key] for row in rows)
     error = lambda rows, key: statistics.stdev([row[key] for row in rows]) if len(rows) > 1 else 0
     best = list(zip(*result["best_of_n"].values()))
