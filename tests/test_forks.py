@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, read_rows, tiny_lm
 
 import common
@@ -95,3 +96,19 @@ def test_both_patches_fit_together(world, tmp_path):
     rows, _ = run_fork(forked(tmp_path, "rloo.patch", "kl_in_loss.patch"), world, tmp_path / "out")
     assert len(rows) == 2
     assert common.load_causal_lm(str(tmp_path / "out"), common.load_tokenizer(str(tmp_path / "out"))).num_parameters() >= tiny_lm().num_parameters()
+
+
+def test_the_gradient_of_k3_is_that_of_the_other_kl_and_the_ratio_mends_it():
+    """What the README of the forks says, by enumeration: a mean over the policy's own tokens, which the gradient doesn't reach."""
+    generator = torch.Generator().manual_seed(3)
+    logits, ref = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    logp, ref = logits.log_softmax(0), ref.log_softmax(0)
+    gradient = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    log_ratio, own = ref - logp, logp.exp().detach()  # the patch's name for it
+    k3, ratio = log_ratio.exp() - 1 - log_ratio, (logp - logp.detach()).exp()
+    to_ref, from_ref = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()
+    torch.testing.assert_close((own * k3).sum(), to_ref)
+    torch.testing.assert_close(gradient((own * k3).sum()), gradient(from_ref))
+    torch.testing.assert_close(gradient((own * ratio * k3).sum()), gradient(to_ref))
+    assert (gradient(to_ref) - gradient(from_ref)).abs().max() > 0.05
