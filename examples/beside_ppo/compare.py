@@ -58,7 +58,7 @@ class Method:
 
 
 METHODS = {
-    "PPO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3)),
+    "PPO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3, 1.0)),
     "PPO, KL target": Method(PPO, "--kl-target", (1.0, 2.0, 4.0, 8.0)),
     "RLOO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo.patch"),
     "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss.patch"),
@@ -126,8 +126,10 @@ def story_world(work, model, stories):
     data = lambda name: str(work / f"{name}.jsonl")
     sft = ("--model", model, "--data", data("demonstrations"), "--epochs", "3", "--lr", "1e-3")
     judge = f"{HERE / 'cheerful.py'}:cheerful"
-    ppo = ("--prompts", data("pair_prompts"), "--eval-prompts", data("heldout_prompts"))
-    return World(work, judge, 96, sft, (*ppo, "--judge", judge), makes_pairs=True, best_of=64)
+    # the learning rate by size is one for scratch: here its first approx_kl is 0.10, above healthy
+    ppo = ("--judge", judge, "--lr", "1e-4", "--iterations", "20")
+    ppo += ("--prompts", data("pair_prompts"), "--eval-prompts", data("heldout_prompts"))
+    return World(work, judge, 96, sft, ppo, makes_pairs=True, best_of=64)
 
 
 def write_rows(path, rows):
