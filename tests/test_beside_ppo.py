@@ -367,6 +367,10 @@ def fake_result():
             "stages": {"0": {"sft": run(0.0), "reward_model": run(0.0)}}}
 
 
+def test_one_value_has_no_spread():
+    assert compare.spread([1.5]) == "1.50" and compare.spread(x for x in (1.0, 3.0)) == "2.00 ± 1.41"
+
+
 def test_the_table_has_the_chosen_coefficient_with_its_spread_and_the_picture_is_drawn(tmp_path):
     lines = compare.table(fake_result())
     assert "| DPO | `--beta 0.1` | 1.81 ± 0.06 | 3.23 ± 0.25 | 1.08 ± 0.08 | 0.50 ± 0.00 | 30 | 0.50 | 3 |" in lines

@@ -389,10 +389,10 @@ KEYS = ("true_reward", "kl", "score", "different")
 
 
 def spread(values):
-    """mean ± deviation, as text."""
+    """mean ± deviation, as text; of one value the value."""
     values = list(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.2f} ± {deviation:.2f}"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def table(result):
