@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+import statistics
 import sys
 
 import pytest
@@ -395,17 +396,17 @@ def test_the_page_has_the_knobs_that_were_measured():
     """Mean ± deviation of true reward, KL and score, the differences to best of n, and with five seeds those to the default, seed by seed."""
     page, result = (ROOT / "examples" / "beside_ppo" / "README.md").read_text(encoding="utf-8"), json.loads((ROOT / "results" / "ppo_knobs.json").read_text(encoding="utf-8"))
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.splitlines()]
-    column = lambda seeds, key: torch.tensor([row[key] for row in seeds.values()], dtype=torch.float64)
-    both = lambda x, sign="": f"{x.mean():{sign}.2f} ± {x.std():.2f}"
+    column = lambda seeds, key: [row[key] for row in seeds.values()]
+    both = lambda x, sign="": f"{statistics.mean(x):{sign}.2f} ± {statistics.stdev(x):.2f}"
     for runs in (result["runs"], result.get("five_seeds", [])):
         for run in runs:
             seeds, default = run["seeds"], runs[0]["seeds"]
             cells = [both(column(seeds, key)) for key in ("true_reward", "kl", "score")]
             if len(seeds) == 5 and run is not runs[0]:
-                cells += [both(column(seeds, key) - column(default, key), "+") for key in ("true_reward", "kl")]
+                cells += [both([x - y for x, y in zip(column(seeds, key), column(default, key))], "+") for key in ("true_reward", "kl")]
             elif len(seeds) == 5:
                 cells += ["", ""]
-            cells += [f"{column(seeds, key).mean():+.2f}" for key in ("score_less_best_of_n", "true_less_best_of_n")]
+            cells += [f"{statistics.mean(column(seeds, key)):+.2f}" for key in ("score_less_best_of_n", "true_less_best_of_n")]
             assert [run["flags"], *cells] in [row[: 1 + len(cells)] for row in rows], (run["flags"], cells)
 
 
