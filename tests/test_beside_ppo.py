@@ -315,6 +315,22 @@ def test_every_command_of_the_comparison_is_one_that_its_script_takes(small, tmp
     assert len({*folders}) == len(folders)
 
 
+def test_the_stories_are_cut_after_two_sentences_and_its_runs_get_their_flags(tmp_path):
+    rows = [{"prompt": f"Tom {i} ran.", "completion": f' He said "Hi {i}!" Then he slept. The end.'} for i in range(600)]
+    write_rows(tmp_path / "stories.jsonl", rows + rows[:5] + [{"prompt": "No end", "completion": "..."}])
+    world = compare.story_world(tmp_path, "MODEL", str(tmp_path / "stories.jsonl"))
+    held_out, choice, pair = ({row["prompt"] for row in read_rows(tmp_path / f"{name}_prompts.jsonl")} for name in ("heldout", "choice", "pair"))
+    assert len(held_out) == len(choice) == 256 and not held_out & choice | held_out & pair | choice & pair
+    demonstrations = {row["prompt"]: row["completion"] for row in read_rows(tmp_path / "demonstrations.jsonl")}
+    assert demonstrations.keys() == pair and {text.count("Then he slept.") for text in demonstrations.values() if "Hi" in text} == {1}
+    assert not any("The end" in text for text in demonstrations.values())
+    [sft_job, *_] = compare.jobs_of(world, tmp_path, 0)
+    assert sft_job["command"][1:5] == ["--model", "MODEL", "--data", str(tmp_path / "demonstrations.jsonl")]
+    for name, script in (("PPO", ppo), ("RLOO", ppo), ("DPO", dpo), ("KTO", dpo)):
+        cfg = cli.parse_args(script.Config, "", compare.jobs_of(world, tmp_path, 0, name, 0.5)["command"][1:])
+        assert cfg.lr == 1e-4 and cfg.response_length == 96 and cfg.judge == world.judge and cfg.eval_prompts == [str(tmp_path / "heldout_prompts.jsonl")]
+
+
 def test_a_policy_is_measured_once_and_the_sft_policy_is_its_own_reference(small, monkeypatch):
     world, work, folder = small
     *_, best, sft_job = compare.jobs_of(world, work, 0)
