@@ -105,8 +105,9 @@ def test_the_gradient_of_k3_is_that_of_the_other_kl_and_the_ratio_mends_it():
     logits.requires_grad_()
     logp, ref = logits.log_softmax(0), ref.log_softmax(0)
     gradient = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
-    log_ratio, own = ref - logp, logp.exp().detach()  # the patch's name for it
-    k3, ratio = log_ratio.exp() - 1 - log_ratio, (logp - logp.detach()).exp()
+    log_ratio, own = ref - logp, logp.exp().detach()
+    of_patch = re.search(r"^\+.* kl_coef \* \((.*)\)$", (FORKS / "kl_in_loss.patch").read_text(encoding="utf-8"), re.M)[1]
+    k3, ratio = eval(of_patch, {"log_ratio": log_ratio}), (logp - logp.detach()).exp()
     to_ref, from_ref = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()
     torch.testing.assert_close((own * k3).sum(), to_ref)
     torch.testing.assert_close(gradient((own * k3).sum()), gradient(from_ref))
