@@ -1,144 +1,94 @@
-"""Tokenizers and models, as the stages share them: padding, encoding, loading, scoring, sampling.
+"""Tokenizers and models: padding, encoding, loading, adapters, scores, and the sampling loop.
 
-Shapes    B rows, T columns of tokens; in sampling P of them are prompt and R response, and b rows
-          of the B have not left the batch.
+Shapes    B rows, T columns of tokens. In sampling, P of the columns are prompt and R response, and
+          b of the B rows are still being sampled.
 """
 
 import collections
-import contextlib
-import datetime
+import copy
 import inspect
 import json
 import math
 import os
 import re
-from functools import partial
 
-import jinja2.meta
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jinja2 import nodes
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
-from transformers import GenerationConfig, PreTrainedConfig, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedConfig
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
-
-HEAD = "score.safetensors"  # of a scalar model of a family without ForSequenceClassification
-ADAPTER = "adapter_config.json"  # in a folder with what peft has trained, and no base model
 
 
 class UserError(Exception):
-    """The user can mend this: one line on standard error, exit status 2, no traceback."""
+    """An error that the user can mend: one line on standard error and exit status 2."""
 
 
 def is_out_of_memory(error):
-    """Has a GPU, one of its libraries or the machine ("can't allocate memory") no memory left?"""
+    """Returns whether a GPU, one of its libraries or the machine has no memory left."""
     texts = "out of memory|ALLOC_FAILED|allocate memory"
     is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_one or re.search(texts, str(error)) is not None
 
 
-# === Precision ====================================================================================
-def place(model, device, dtype, gradient_checkpointing=False, compiled=False):
-    """Move a model to its device and give it the precision of --dtype: see `autocast`.
+def first_line(error):
+    """Returns the first line of an error's text, or its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    Trained weights stay float32. An Adam step moves a weight by about the learning rate; at 3e-6
-    that is far below half the spacing of bf16 numbers near 0.02, so in bf16 weights most updates
-    would be rounded away. Frozen matrices are rounded to bf16, which autocast does at each use
-    anyway: half the memory, the same outputs to the last bit. What autocast does not round
-    stays float32: embeddings, an lm_head tied to them, norms, and the score head (`token_scores`).
+
+# === Precision ====================================================================================
+def to_device(model, device, dtype, gradient_checkpointing=False, compile=False):
+    """Moves a model to its device and gives it the precision of --dtype (see `autocast`).
+
+    Trained weights stay float32: an Adam step moves a weight by about the learning rate, and at
+    3e-6 that is far below half the spacing of bf16 numbers near 0.02, so most steps would round to
+    nothing. Frozen matrices become bf16, as autocast would round them at each use anyway: half the
+    memory, the same outputs. Embeddings, norms and score heads stay float32.
     """
-    if not hasattr(model, "base_model"):  # a value head
+    if isinstance(model, torch.nn.Linear):  # a value head
         model.to(device)
         return
-    in_bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
-    model.in_bf16 = model.base_model.in_bf16 = in_bf16
-    is_trained = any(parameter.requires_grad for parameter in model.parameters())
-    if in_bf16:
-        score = getattr(getattr(model, "score", None), "weight", None)
-        kept = {model.get_input_embeddings().weight, score}
+    use_bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+    model.use_bf16 = model.base_model.use_bf16 = use_bf16
+    is_trained = any(weight.requires_grad for weight in model.parameters())
+    if use_bf16:
+        score_head = getattr(getattr(model, "score", None), "weight", None)
+        kept = {model.get_input_embeddings().weight, score_head}  # an LM head may be tied
         for module in model.modules():
-            is_matrix = isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept
-            if is_matrix and not module.weight.requires_grad:
-                module.to(torch.bfloat16)
-    model.to(device)  # after the rounding, for there is less to move
-    if gradient_checkpointing and is_trained:
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept:
+                if not module.weight.requires_grad:
+                    module.to(torch.bfloat16)
+    model.to(device)
+    if is_trained and gradient_checkpointing:
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--gradient-checkpointing: {error}") from error
-        model.train()  # transformers checkpoints only in train mode; what is random is off
+        for module in model.modules():  # all else stays in evaluation mode, without dropout
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
     if is_trained:
-        prove(model)
-    if compiled:  # of a scalar model only the trunk is called
+        check_model(model)
+    if compile:  # of a scalar model only the trunk is called
         (model.base_model if has_token_head(model) else model).compile(dynamic=True)
-    model.samples_compiled = compiled and device.type == "cuda"
-
-
-@torch.no_grad()
-def prove(model):
-    """Stop if something that all stages take for granted does not hold for this model.
-
-    In the mode that trains, two forward passes give the same bits (nearly, on a GPU, which may add
-    in another order): else they are two policies. A text gives the same beside padding as alone,
-    whatever stands there, and its beginning the same as if it ended there. It can be sampled from.
-    """
-    is_scalar, name = has_token_head(model), type(model).__name__
-    trunk = model.base_model if is_scalar else model
-    tokens = torch.arange(3, 67, device=model.device).view(2, 32)
-    tokens, mask = tokens % model.get_input_embeddings().num_embeddings, tokens > 0
-    mask[1, :9] = False  # not the pad token stands there, whose embedding may be 0
-
-    def read(*part):
-        output = forward(trunk, tokens[part], mask[part])
-        return (output.last_hidden_state if is_scalar else output.logits).float()
-
-    differ = lambda a, b: ((a - b).norm() / b.norm()).item()
-    try:
-        whole, again = (read(slice(2), slice(32)) for _ in range(2))
-        padded = differ(whole[1:, 9:], read(slice(1, 2), slice(9, 32)))
-        ahead = differ(whole[:1, :20], read(slice(1), slice(20)))
-        if not is_scalar:
-            on_cuda = model.device.type == "cuda"
-            with torch.random.fork_rng(devices=[model.device] if on_cuda else []):
-                generate_responses(model, tokens, mask, 2, 1.0)
-    except Exception as error:  # each family has its own
-        if is_out_of_memory(error) or isinstance(error, FloatingPointError):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"a {name} can't be read or sampled from: {reason}") from error
-    if differ(whole, again) > (0 if model.device.type == "cpu" else 1e-3):
-        what = "draws random numbers in its forward pass; what in its config.json is noise?"
-    elif max(padded, ahead) > 0.05:
-        what = f"reads {'the padding' if padded > 0.05 else 'what comes later'}: no policy here"
-    else:
-        return
-    raise UserError(f"a {name} {what}")
-
-
-def check_hidden_states(model):
-    """Stop if the last hidden states of a causal LM are not (B, T, width)."""
-    one = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    hidden = forward(model, one, one.bool(), output_hidden_states=True).hidden_states[-1]
-    if hidden.shape != (1, 1, model.get_output_embeddings().in_features):
-        what = f"the hidden states of a {type(model).__name__} are {tuple(hidden.shape)}"
-        raise UserError(f"{what} for one token; take --critic separate")
 
 
 def autocast(model):
-    """A context with the model's precision: matrix products in bf16, or all in float32."""
-    in_bf16 = getattr(model, "in_bf16", False)  # float32 unless `place` said otherwise
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=in_bf16)
+    """Returns a context with the model's precision: matrix products in bf16, or all in float32.
+
+    `use_bf16` is set by `to_device` and read here and by ppo.py's check of the sampler.
+    """
+    use_bf16 = getattr(model, "use_bf16", False)
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=use_bf16)
 
 
 def forward(model, tokens, attention_mask, **options):
-    """The model's output for tokens (B, T), in its precision and with positions that skip padding.
+    """Returns the model's output for tokens (B, T), with positions that skip the padding.
 
-    Left to itself, a model counts the padding on the left too, and reads another text.
+    Left to itself, a model counts the padding on the left, too, and reads another text.
     """
     with autocast(model):
         return model(
@@ -147,16 +97,62 @@ def forward(model, tokens, attention_mask, **options):
         )
 
 
+@torch.no_grad()
+def check_model(model):
+    """Raises UserError if something that all stages rely on does not hold for this model.
+
+    Two forward passes give the same numbers (else they are two policies). A row's numbers depend
+    neither on the padding beside it nor on later tokens. A causal LM can be sampled from.
+    """
+    is_scalar = has_token_head(model)
+    trunk = model.base_model if is_scalar else model
+    tokens = torch.arange(3, 67, device=model.device).view(2, 32)
+    tokens %= model.get_input_embeddings().num_embeddings
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :9] = False  # not the pad token stands there, whose embedding may be 0
+
+    def read(rows, columns):
+        output = forward(trunk, tokens[rows, columns], mask[rows, columns])
+        return (output.last_hidden_state if is_scalar else output.logits).float()
+
+    def difference(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    try:
+        whole = read(slice(2), slice(32))
+        again = read(slice(2), slice(32))
+        without_padding = read(slice(1, 2), slice(9, 32))
+        without_rest = read(slice(1), slice(20))
+        if not is_scalar:
+            generate_responses(model, tokens, mask, 2, 1.0, torch.Generator())
+    except UserError:
+        raise
+    except Exception as error:  # each family has its own
+        if is_out_of_memory(error):
+            raise
+        what = f"a {type(model).__name__} can't be read or sampled from"
+        raise UserError(f"{what}: {first_line(error)}") from error
+    exact = 0 if model.device.type == "cpu" else 1e-3  # a GPU may add in another order
+    rules = (
+        (difference(whole, again), exact, "draws random numbers in its forward pass"),
+        (difference(whole[1:, 9:], without_padding), 0.05, "reads the padding"),
+        (difference(whole[:1, :20], without_rest), 0.05, "reads what comes later: no policy here"),
+    )
+    for gap, limit, what in rules:
+        if not gap <= limit:
+            raise UserError(f"a {type(model).__name__} {what}")
+
+
 # === Several processes ============================================================================
-# Under torchrun each process has the models and the whole batch, takes its share of the rows
-# through them, and writes what comes out into its rows of a tensor of zeros: the sum is the whole.
+# Under torchrun each process has the models and the whole batch. It takes its share of the rows
+# through the models and writes the results into its rows of a tensor of zeros; their sum is whole.
 def share(rows):
-    """This process's part of rows, a list or a tensor: every n-th of them; alone, all."""
+    """Returns this process's part of rows, a list or tensor: every n-th one. Alone: all of them."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
 
 def total(tensor):
-    """The sum of the tensors that all processes call this with, in place and on each of them."""
+    """Returns the sum of the tensors that all processes call this with, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -164,10 +160,10 @@ def total(tensor):
 
 # === Padding and batches ==========================================================================
 def pad(sequences, pad_id, side):
-    """Lists of token ids as tokens (B, T) int64 and attention_mask (B, T) bool.
+    """Returns lists of token ids as tokens (B, T) int64 and attention_mask (B, T) bool.
 
-    `side`, 'left' or 'right', is where the padding goes. Either is right as long as mask and
-    position ids follow; prompts go left so that all responses start in the same column.
+    `side` is 'left' or 'right'. Either is right if mask and position ids follow it. Prompts are
+    padded on the left, so that all responses start in the same column.
     """
     rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
     ones = [torch.ones(len(ids), dtype=torch.bool) for ids in sequences]
@@ -176,318 +172,236 @@ def pad(sequences, pad_id, side):
 
 
 def position_ids(attention_mask):
-    """0, 1, 2, ... from each row's first attended token on, (B, T); `generate` counts the same."""
+    """Returns 0, 1, 2, ... from each row's first attended token on, (B, T)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def last_token_index(attention_mask):
-    """Index of each row's last attended token, (B,), on whichever side the padding is."""
+    """Returns the index of each row's last attended token, (B,), wherever the padding is."""
     return attention_mask.long().cumsum(-1).argmax(-1)
 
 
 def epochs_by_length(lengths, batch_size, generator):
-    """Batches of row indices for ever, each of rows of like length, in random order.
+    """Yields batches of row indices for ever, each of rows with similar lengths, in random order.
 
-    Rows of like length need little padding. Sorting the whole set would make the batches the same
-    in every epoch, so rows are shuffled first and sorted within windows of 32 batches.
+    Similar lengths need little padding. Sorting all rows would make the same batches in every
+    epoch, so rows are shuffled first and then sorted within windows of 32 batches.
     """
     while True:
-        order, batches = torch.randperm(len(lengths), generator=generator).tolist(), []
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        batches = []
         for start in range(0, len(order), 32 * batch_size):
             window = sorted(order[start : start + 32 * batch_size], key=lambda row: lengths[row])
             batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]
 
 
 def parts_by_length(attention_mask, index, size):
-    """Parts of up to `size` rows, each with the columns that it needs; of several processes each
-    has its own.
+    """Yields micro-batches: (row indices (b,), slice of the columns that they need).
 
-    Args:
-        attention_mask: (B, T), best on the CPU, where reading it makes nobody wait.
-        index: the rows that are wanted, int64 on the CPU.
-
-    Yields:
-        rows: indices (b,) of `index` in order of length, prompt and response together.
-        columns: the slice of the T columns from the first attended one to the last.
-
-    What is left out is padding, which no result depends on; what stays is the longest prompt of the
-    part beside its longest response. A part without padding spares attention its mask (not under
-    --compile), and so gets the fastest kernel.
+    The rows `index` (int64, on the CPU) of attention_mask (B, T) are sorted by length and cut into
+    parts of up to `size`. The slice leaves out columns that are padding in all of a part's rows.
+    Under torchrun each process gets its share of the rows.
     """
-    attention_mask = attention_mask.cpu()
+    device, attention_mask = attention_mask.device, attention_mask.cpu()
     by_length = attention_mask[index].sum(1).argsort(stable=True)
-    mine = share(index[by_length])
-    for rows in mine.split(size) if len(mine) else ():
-        first, last = attention_mask[rows].any(0).nonzero()[[0, -1], 0].tolist()
-        yield rows, slice(first, last + 1)
+    rows = share(index[by_length])
+    for part in rows.split(size) if len(rows) else ():
+        attended = attention_mask[part].any(0).nonzero()[:, 0]
+        yield part.to(device), slice(attended[0].item(), attended[-1].item() + 1)
 
 
 # === Tokenizers ===================================================================================
-def load_tokenizer(path, made_by=None, trust_remote_code=False, needs_eos=True, chat_kwargs=None):
-    """The tokenizer of a folder or hub id, with an EOS token and another pad token.
-
-    `chat_kwargs` are for `set_template_kwargs`. Where the chat template writes today's date, it
-    stays that of the first stage: tomorrow the same chat would be other tokens.
+def load_tokenizer(path, made_by=None, trust_remote_code=False, chat_template_kwargs=None):
+    """Returns the tokenizer of a folder or hub id, with an EOS token and another pad token.
 
     pad = EOS harms only code that finds the end of a text by asking "is this pad?". Nothing here
     does, but transformers' sequence classification does: it would read the token before the EOS.
     """
     tokenizer = load(AutoTokenizer, path, made_by, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None and needs_eos:
+    if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no text could end; set one")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if chat_kwargs is not None:
-        set_template_kwargs(tokenizer, chat_kwargs)
-    if "strftime_now" in str(tokenizer.chat_template):  # kept in tokenizer_config.json
-        tokenizer.init_kwargs.setdefault("rendered_on", str(datetime.date.today()))
+    if chat_template_kwargs is not None:
+        set_template_arguments(tokenizer, chat_template_kwargs)
+    if re.search(r"strftime_now", str(tokenizer.chat_template)):
+        print("  warning: the chat template writes today's date: tomorrow's tokens will differ")
     return tokenizer
 
 
-notes = collections.Counter()  # what `encode` met that must not go unsaid: {what: examples}
+def set_template_arguments(tokenizer, text):
+    """Writes the JSON object of --chat-template-kwargs into the chat template as its defaults.
+
+    So they are stored with the tokenizer, and hold in later stages, pipelines and servers as well.
+    """
+    flag = f"--chat-template-kwargs {text}"
+    try:
+        arguments = json.loads(text).items()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{flag} is no JSON object: {error}") from None
+    templates = tokenizer.chat_template or ""
+    templates = dict(templates) if isinstance(templates, dict) else {"": templates}
+    for name, value in arguments:
+        if not name.isidentifier() or not re.search(rf"\b{name}\b", str(templates)):
+            raise UserError(f"{flag}: the chat template does not read {name!r}")
+        default = f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
+        templates = {kind: default + template for kind, template in templates.items()}
+    tokenizer.chat_template = templates.get("", templates)
+
+
+notes = collections.Counter()  # {what `encode` met that should be known: number of examples}
+ANCHORS = ("", "\n", ".", "a", "0", "Z", "-")  # texts whose tokens may not merge with a response's
 
 
 def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=False):
-    """(prompt ids, response ids) of one text or chat; all stages make their ids here.
+    """Returns (prompt ids, response ids) of one text or chat. All stages make their ids here.
 
     Args:
-        prompt: a string, or a chat up to the assistant's turn, a list of {"role", "content"}.
-        response: a string, or messages that go on with the chat; None has no ids.
-        eos_ids: what may end a response besides the tokenizer's EOS.
-        tools: of a chat, a list of JSON schemas for its template.
-        may_drop: whether the template may leave out words of the response, as thoughts.
+        prompt: a string, or a chat up to the assistant's turn: a list of {"role", "content"}.
+        response: a string, or messages that continue the chat; None has no ids.
+        eos_ids: ids that may end a response besides the tokenizer's EOS.
+        tools: JSON schemas for the template of a chat.
+        may_drop: whether the template may leave out words of the response, as some do with thoughts.
 
-    A response's ids are those by which the whole text goes on from the prompt's. They end with one
-    EOS, where the policy's own response would: at the first one behind its words. (An EOS quoted
-    within the words ends nothing here.) A string is begun as this tokenizer begins every text, with
-    BOS or GLM's two tokens. A chat is rendered by the template, which writes BOS itself, up to the
-    words that open the assistant's turn, and whole; what the second adds is the response.
+    Prompt and response are tokenized together, and the response's ids are those after the prompt's.
+    They end with one EOS, where the policy's own response would end. A string begins as this
+    tokenizer begins every text (BOS, or GLM's two tokens); a chat template writes BOS itself.
 
     Raises:
-        ValueError: no template, or it does not take this chat, or drops what is to be learned.
+        ValueError: there is no template, it does not accept the chat, or it drops what is learned.
     """
-    eos = [id for id in [tokenizer.eos_token_id] if id is not None]
-    is_end = lambda id: id in eos or id in eos_ids
     if isinstance(prompt, str):
-        opening, before = prompt, _ids_before_texts(tokenizer)
+        if response is not None and not isinstance(response, str):
+            raise ValueError("has a string as the prompt and messages as the response")
+        opening, text = prompt, response
+        before = ids_before_texts(tokenizer)
     else:
-        opening, before = _opening(tokenizer, prompt, tools), []
+        opening, text = render_response(tokenizer, prompt, response, tools, may_drop)
+        before = []
     if tools and (isinstance(prompt, str) or "tools" not in str(tokenizer.chat_template)):
         notes["with tools that nothing renders"] += 1
-    prompt_ids = _ids(tokenizer, opening)
+    prompt_ids = token_ids(tokenizer, opening)
     prompt_ids = prompt_ids if prompt_ids[: len(before)] == before else before + prompt_ids
     if response is None:
         return prompt_ids, []
-    if isinstance(prompt, str):
-        text, words = _string_response(tokenizer, response, {*eos, *eos_ids})
-    else:
-        text, words = _chat_response(tokenizer, prompt, response, opening, tools, may_drop)
-    if not words.strip():
+    reply = ids_after(tokenizer, opening, text)
+    ends = {tokenizer.eos_token_id, *eos_ids} - {None}
+    last = len(reply)  # one past the last word: what follows is EOS and white space
+    while last > 0 and (reply[last - 1] in ends or not tokenizer.decode(reply[last - 1]).strip()):
+        last -= 1
+    if last == 0:
         notes["with an empty response, of which only the EOS is left"] += 1
-    reply = _ids_behind(tokenizer, opening, text)
-    num_within = sum(map(is_end, _ids(tokenizer, words)))  # of earlier turns, or quoted
-    ends = [i for i, id in enumerate(reply) if is_end(id)][num_within:]
-    return prompt_ids, reply[: ends[0] + 1] if ends else reply + eos
+    for i in range(last, len(reply)):
+        if reply[i] in ends:
+            return prompt_ids, reply[: i + 1]
+    return prompt_ids, reply + [id for id in [tokenizer.eos_token_id] if id is not None]
 
 
 def decode(tokenizer, prompt_ids, response_ids):
-    """The text of a response: what it adds to the decoded prompt, for no piece is decoded alone.
-
-    Nothing is cleaned up or left out of it but EOS and padding: the texts of `encode` come back.
-    """
+    """Returns the text of a response: what it adds to the decoded prompt, without EOS and padding."""
     left_out = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     kept = [id for id in response_ids if id not in left_out]
-    ids = [prompt_ids, prompt_ids + kept]
-    prompt, whole = (tokenizer.decode(x, clean_up_tokenization_spaces=False) for x in ids)
+    prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode(prompt_ids + kept, clean_up_tokenization_spaces=False)
     return whole[len(os.path.commonprefix([prompt, whole])) :]
 
 
-def _ids(tokenizer, text):
+def token_ids(tokenizer, text):
+    """Returns the ids of a text without special tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _ids_before_texts(tokenizer):
-    """What the tokenizer puts before every text: BOS, nothing, or tokens of its own."""
-    bare, full = _ids(tokenizer, "a"), tokenizer("a")["input_ids"]
-    starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
-    return full[: starts[0]] if starts else []
+def ids_before_texts(tokenizer):
+    """Returns what the tokenizer puts before every text: BOS, nothing, or tokens of its own."""
+    ids = tokenizer("a")["input_ids"]
+    first = token_ids(tokenizer, "a")[0]
+    return ids[: ids.index(first)] if first in ids else []
 
 
-def _ids_behind(tokenizer, opening, text):
-    """The ids of `text` behind `opening`: the rest of those of both.
+def ids_after(tokenizer, opening, text):
+    """Returns the ids of `text` after `opening`.
 
-    Where a token of both would reach across the border, `text` is tokenised behind something else
-    that keeps its tokens to itself, so that prompt and response still decode to the same as both:
-    alone it may get a space in front (SentencePiece, WordPiece).
+    Where a token of both together would cross the border, `text` is tokenized after an anchor that
+    keeps its tokens apart (alone it might get a space in front), such that prompt and response
+    still decode to the same text.
     """
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    first, both = _ids(tokenizer, opening), _ids(tokenizer, opening + text)
+    first, both = token_ids(tokenizer, opening), token_ids(tokenizer, opening + text)
     if both[: len(first)] == first:
         return both[len(first) :]
-    notes["with a token across the border of prompt and response, tokenised apart"] += 1
-    for anchor in ("", "\n", ".", "a", "0", "Z", "-"):
-        alone, rest = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
-        keeps_apart = rest[: len(alone)] == alone
-        if keeps_apart and decode(first + rest[len(alone) :]) == decode(both):
-            return rest[len(alone) :]
-    notes["that are not their text where prompt and response meet"] += 1
-    return _ids(tokenizer, text)
-
-
-def _string_response(tokenizer, response, eos_ids):
-    """(a string, its words: all but the EOS and white space that it ends in)."""
-    if not isinstance(response, str):
-        raise ValueError("has a string as the prompt and messages as the response")
-    ends = [re.escape(tokenizer.decode([id])) for id in eos_ids]
-    words = re.sub(rf"(\s|{'|'.join(ends)})+\Z", "", response) if ends else response
-    if any(id in eos_ids for id in _ids(tokenizer, words)):
-        notes["with text behind an EOS, where no response gets"] += 1
-    return response, words
-
-
-def _opening(tokenizer, prompt, tools):
-    """The text of a chat up to the words that open the assistant's turn."""
-    if prompt[-1]["role"] == "assistant":
-        raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
-    return render_chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)
-
-
-def _chat_response(tokenizer, prompt, response, opening, tools, may_drop):
-    """(what the response adds to the opening of a chat, that up to the end of its last words)."""
-    if isinstance(response, str):
-        response = [{"role": "assistant", "content": response}]
-    whole = render_chat(tokenizer, prompt + response, tools=tools)
-    shared, text = len(os.path.commonprefix([opening, whole])), whole[len(opening) :]
-    mark = re.search(r"[<[]think(ing)?[]>](?=\s*\Z)", opening, re.IGNORECASE)
-    opens, closes = (mark[0], f"{mark[0][0]}/{mark[0][1:]}") if mark else ("", "")  # a thought
-    is_closed = may_drop or closes in text and not (opens and text.lstrip().startswith(opens))
-    if shared < len(opening) or not is_closed:
-        what = "a reply is not rendered as the chat so far and more"
-        what = "its prompt opens a thought that the reply does not go on with" if opens else what
-        place = max(shared - 12, 0)  # with some of what both have
-        raise ValueError(
-            f"does not fit the chat template: {what}, so no model that goes on with the one could "
-            f"write the other: {opening[place:]!r} ends the prompt, and the whole has "
-            f"{whole[place:][:40]!r}{_switches(tokenizer)}"
-        )
-    words = response[-1]["content"].strip()
-    before = _opening(tokenizer, prompt + response[:-1], tools) if response[1:] else opening
-    last_turn = len(before) - len(opening) if whole.startswith(before) else 0
-    lost = _lost_words(text[last_turn:], response[-1])
-    if lost and not may_drop:
-        what = "has words of the assistant (or its reasoning_content) that the template drops"
-        raise ValueError(f"{what}, from {lost!r} on; leave them out{_switches(tokenizer)}")
-    if any(_lost_words(text, each) for each in response[:-1] if each["role"] == "assistant"):
-        notes["with words of an earlier turn, thoughts say, that the template drops"] += 1
-    words_start = text.find(words, last_turn)  # not there if the template changes them
-    has_thoughts = set(response[-1]) > {"role", "content"}
-    if before == opening and text[: max(words_start, 0)].strip() and not has_thoughts:
-        notes["whose response begins with words of the template, a role or an empty thought"] += 1
-    return text, text[: words_start + len(words) if words_start >= 0 else last_turn]
-
-
-def _lost_words(text, message):
-    """Words of a message, thoughts first, from the first that the text has not in its place; or "".
-
-    White space and the marks of a thought are the template's own to write.
-    """
-    keys, position = ("reasoning_content", "reasoning", "thinking", "content"), 0
-    parts = dict.fromkeys(str(message[key]) for key in keys if message.get(key))  # of two names one
-    words = re.sub(r"</?\w+>|\[/?[A-Z]+\]", " ", " ".join(parts)).split()
-    for i, word in enumerate(words):
-        position = text.find(word, position) + len(word)
-        if position < len(word):
-            return " ".join(words[i : i + 4])
-    return ""
+    notes["with a token across the border of prompt and response, tokenized apart"] += 1
+    wanted = tokenizer.decode(both, clean_up_tokenization_spaces=False)
+    for anchor in ANCHORS:
+        alone, rest = token_ids(tokenizer, anchor), token_ids(tokenizer, anchor + text)
+        ids = rest[len(alone) :]
+        is_same = tokenizer.decode(first + ids, clean_up_tokenization_spaces=False) == wanted
+        if rest[: len(alone)] == alone and is_same:
+            return ids
+    notes["that do not give their text where prompt and response meet"] += 1
+    return token_ids(tokenizer, text)
 
 
 def render_chat(tokenizer, messages, **options):
-    """The text of a chat by the tokenizer's template; a ValueError if there is none or it fails."""
+    """Returns the text of a chat by the tokenizer's template; a ValueError if that fails."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"holds messages, but the tokenizer of {tokenizer.name_or_path or 'this model'} has no "
-            "chat template; write plain strings, or give the tokenizer a template"
-        )
+        raise ValueError("holds messages, but the tokenizer has no chat template; write strings")
     try:
-        if day := tokenizer.init_kwargs.get("rendered_on"):
-            day, template = datetime.datetime.fromisoformat(day), tokenizer.get_chat_template
-            dated = lambda call: repr(day.strftime(call[2]))
-            template = re.sub(TODAY, dated, template(tools=options.get("tools")))
-            options["chat_template"] = template  # the one that is saved has today's date
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates are programs and raise what they like
         raise ValueError(f"does not fit the chat template: {error}") from error
 
 
-TODAY = r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)"""  # transformers' function in a template
-DEFAULTS = "{# --chat-template-kwargs #}", "{# end of --chat-template-kwargs #}\n"  # render as ""
-ITS_OWN = (  # what transformers defines or keeps for itself, so that no default of it would be read
-    r"messages|tools|documents|add_generation_prompt|continue_final_message|\w+_tokens?"
-    "|raise_exception|strftime_now"
-)
+def render_response(tokenizer, prompt, response, tools, may_drop):
+    """Returns (the text of a chat up to the assistant's turn, what the response adds to it)."""
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("has a chat that ends with the assistant's message: nothing to answer")
+    opening = render_chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)
+    if response is None:
+        return opening, None
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    whole = render_chat(tokenizer, prompt + response, tools=tools)
+    text = whole[len(opening) :]
+    thought = re.search(r"[<\[](think(?:ing)?)[>\]]\s*\Z", opening[-40:], re.IGNORECASE)
+    is_open = thought and not may_drop and f"/{thought[1]}" not in text
+    if not whole.startswith(opening) or is_open or thought and text.lstrip().startswith(thought[0]):
+        what = "the chat with its reply does not continue the text of the prompt"
+        what = "the prompt opens a thought that the reply does not close" if thought else what
+        place = max(0, len(os.path.commonprefix([opening, whole])) - 12)
+        raise ValueError(
+            f"does not fit the chat template: {what}. {opening[place:]!r} ends the prompt, and the "
+            f"whole has {whole[place:][:40]!r}; see --chat-template-kwargs"
+        )
+    for message in response:
+        if message["role"] == "assistant" and (lost := lost_words(text, message)):
+            if message is response[-1] and not may_drop:
+                what = "has words of the assistant that the template drops or alters"
+                raise ValueError(f"{what}: {lost[:40]!r}; leave them out")
+            notes["with words of the assistant, thoughts for example, that the template drops"] += 1
+    return opening, text
 
-ASKED = "defined", "undefined", "default", "d"  # {% if enable_thinking is defined %}
 
-
-def set_template_kwargs(tokenizer, text):
-    """Write the arguments of --chat-template-kwargs into the chat template, as its defaults.
-
-    So they are stored with the tokenizer and hold in later stages, pipelines and servers, whose
-    callers may pass others. They replace those written before; {} leaves the bare template.
+def lost_words(text, message):
+    """Returns a part of a message that its rendered text lacks, or "". Tags and white space are the
+    template's own to write.
     """
-    flag = f"--chat-template-kwargs {text}"
-    try:
-        kwargs = json.loads(text)
-        json.dumps(kwargs, allow_nan=False, ensure_ascii=False).encode()  # Jinja can write all else
-        known = template_arguments(tokenizer)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag} is not JSON: {error}") from None
-    except jinja2.TemplateError as error:
-        raise UserError(f"{flag}: the chat template is none: {error}") from None
-    if not isinstance(kwargs, dict):
-        raise UserError(f'{flag} is no JSON object, like {{"enable_thinking": false}}')
-    if not tokenizer.chat_template:
-        raise UserError(f"{flag}: the tokenizer has no chat template")
-    for name in [name for name in kwargs if name not in known]:
-        what = f"{name!r} is nothing that the chat template can be told"
-        raise UserError(f"{flag}: {what}; it can: {', '.join(known) or 'nothing'}")
-    each = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}"
-    block = "".join(each.format(*item) for item in kwargs.items())  # Jinja reads Python's literals
-    block = block.join(DEFAULTS) if block else ""
-    templates = _templates(tokenizer)
-    for name, template in templates.items():
-        templates[name] = block + (template.partition(DEFAULTS[1])[2] or template)
-    tokenizer.chat_template = templates if any(templates) else templates[""]
-
-
-def _templates(tokenizer):
-    """{name: chat template}; the only one of most tokenizers has the name ""."""
-    templates = tokenizer.chat_template or {}
-    return dict(templates) if isinstance(templates, dict) else {"": templates}
-
-
-def template_arguments(tokenizer):
-    """What the chat template may be told: names that it reads and either never sets or asks for."""
-    environment, names = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]), set()
-    for template in _templates(tokenizer).values():
-        template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
-        tree = environment.parse(template)
-        is_set = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-        asked = [x.node for x in tree.find_all((nodes.Test, nodes.Filter)) if x.name in ASKED]
-        is_set -= {node.name for node in asked if isinstance(node, nodes.Name)}
-        names |= jinja2.meta.find_undeclared_variables(tree) - is_set
-    return sorted(name for name in names if not re.fullmatch(ITS_OWN, name))
-
-
-def _switches(tokenizer):
-    """What an error says of them."""
-    names = ", ".join(template_arguments(tokenizer))
-    return f"; --chat-template-kwargs may tell the template: {names}" if names else ""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+    parts = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking", "content")]
+    parts += [call.get("name") for call in calls]
+    for call in calls:
+        arguments = call.get("arguments") or {}
+        parts += arguments.values() if isinstance(arguments, dict) else [arguments]
+    tags = r"</?\w+>|\[/?[A-Z]+\]|\s"
+    rendered = re.sub(tags, "", text)
+    for part in parts:
+        if isinstance(part, str) and re.sub(tags, "", part) not in rendered:
+            return part
+    return ""
 
 
 def eos_token_ids(tokenizer, model):
-    """All ids that end a text, sorted: the tokenizer's EOS, and those stored with the model."""
+    """Returns all ids that end a text, sorted: the tokenizer's EOS and those stored with the model."""
     stored = getattr(getattr(model, "generation_config", model.config), "eos_token_id", None)
     stored = [id for id in (stored if isinstance(stored, list) else [stored]) if id is not None]
     size = model.get_input_embeddings().num_embeddings
@@ -498,138 +412,80 @@ def eos_token_ids(tokenizer, model):
 
 # === Models =======================================================================================
 def load(auto_class, path, made_by=None, **options):
-    """`auto_class.from_pretrained`: no pickles, no code unasked; `made_by` is what makes `path`."""
+    """Returns auto_class.from_pretrained(path), or raises UserError with what would help.
+
+    Pickled weights are never read. `made_by` is the command that makes `path`.
+    """
     hint = f"; make it with: {made_by}" if made_by else ""
     base = adapter_base(path)
-    if base and not (auto_class is AutoTokenizer and find_file(path, "tokenizer_config.json")):
-        try:
-            return load(auto_class, base, **options)
-        except UserError as error:
-            raise UserError(f"{path} is an adapter of {base}: {error}") from error
+    if base and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+        path = base
     if not os.path.isdir(path):
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
-        if not is_hub_id or hint and path.split("/")[0] == "ckpt":
-            raise UserError(f"there is no folder {path!r}{hint}")  # no use in asking the hub
-        if auto_class is AutoTokenizer:  # the first that is asked for
+        if not is_hub_id or made_by and path.startswith("ckpt/"):
+            raise UserError(f"there is no folder {path!r}{hint}")
+        if auto_class is AutoTokenizer:
             print(f"  {path} is no folder here: looking for it on the Hugging Face hub", flush=True)
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
         if is_out_of_memory(error):
             raise
-        remedy = ""
-        what = "can't be loaded" if os.path.isdir(path) else "is no folder and can't be fetched"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = first_line(error)[:300]
         if "trust_remote_code=True" in str(error):
-            lines = ["it brings code of its own, which is run only with --trust-remote-code"]
-        if options.get("attn_implementation"):  # may be a package that is not installed
-            remedy = f"; or leave out --attention {options['attn_implementation']}"
-        names = os.listdir(path) if os.path.isdir(path) else []
-        if any(name.endswith(".bin") for name in names) and "model.safetensors" not in names:
-            remedy = "; pickled weights (.bin) are never read: save them as safetensors"
-        reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")[:300]
-        raise UserError(f"{path} {what}: {reason}{remedy}") from error
+            reason = "it brings code of its own, which is run only with --trust-remote-code"
+        if auto_class not in (AutoTokenizer, AutoConfig):
+            reason += "; weights must be safetensors, pickled ones (.bin) are never read"
+        raise UserError(f"{path} can't be loaded: {reason}") from error
 
 
-def adapter_base(path):
-    """The folder or hub id of what `path` adapts, if it is a folder of peft's; else None."""
-    file = os.path.join(path, ADAPTER)
-    if not os.path.isfile(file):
-        return None
-    if os.path.isfile(os.path.join(path, "config.json")):  # transformers would load both in one
-        raise UserError(f"{path} holds a model and an adapter; give each a folder of its own")
-    try:
-        with open(file, encoding="utf-8") as opened:
-            base = json.load(opened)["base_model_name_or_path"]
-        if not base or os.path.realpath(base) == os.path.realpath(path):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is an adapter, but its {ADAPTER} names no base model") from None
-    return base
+def load_config(path, made_by, **options):
+    """Returns a model's config with dropout off and with outputs as the code here expects them.
 
-
-def _merge_adapter(model, path):
-    """(the model with an adapter summed into its weights; the names of what the adapter holds).
-
-    Raises:
-        UserError: no peft, no safetensors, or other weights than the model has a place for.
+    Two forward passes with two dropout masks would be two policies. Models are in evaluation mode
+    anyway, but for layers with gradient checkpointing, which must be in train mode.
     """
-    try:
-        import peft  # optional
-    except ImportError:
-        raise UserError(f"{path} is an adapter: it needs peft; pip install peft") from None
-    file = os.path.join(path, "adapter_model.safetensors")
-    if not os.path.isfile(file):
-        raise UserError(f"{path} has no adapter_model.safetensors; pickled weights are never read")
-    try:
-        config = peft.PeftConfig.from_pretrained(path)
-        config.task_type = None  # its class would ask a causal LM's methods of a scalar model
-        adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
-        known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        held = safetensors.torch.load_file(file).keys()
-        model = adapted.merge_and_unload().requires_grad_(True)
-    except Exception as error:  # peft, safetensors and torch each have their own
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the adapter {path} can't be merged: {reason}") from error
-    if known ^ held:
-        what = f"{len(held - known)} weights too many, {len(known - held)} too few"
-        raise UserError(f"the adapter {path} does not fit: {what} ({min(known ^ held)})")
-    return model, {key.removeprefix("base_model.model.") for key in held}
-
-
-def _load_config(path, made_by, options):
-    """The model's config with all that is random off: two passes would be two policies.
-
-    Dropout goes by many names, layers may be dropped and routers jittered, in nested configs too.
-    Settings that change what a forward pass returns are put back.
-    """
-    config = load(AutoConfig, path, made_by, **options)
+    config = load(AutoConfig, adapter_base(path) or path, made_by, **options)
     configs = [config]
-    for each in configs:  # it grows
-        configs += [x for x in vars(each).values() if isinstance(x, PreTrainedConfig)]
+    for each in configs:  # the list grows by nested configs
+        configs += [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]
+        each.return_dict = True
         for name, value in list(vars(each).items()):
-            if re.search("drop|jitter", name) and type(value) in (int, float):
+            if "drop" in name and type(value) in (int, float):
                 setattr(each, name, type(value)(0))
             elif name in ("output_router_logits", "output_attentions", "output_hidden_states"):
                 setattr(each, name, False)
-        each.return_dict = True
     return config
 
 
-def _load_weights(auto_class, path, made_by, config, options):
-    """(model in float32, names of the weights that `path` does not hold).
+def load_model(auto_class, path, made_by, config, **options):
+    """Returns (model in float32 and evaluation mode, names of the weights that `path` lacks).
 
     The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
     """
-    base, options = adapter_base(path), options | {"config": config}
+    base = adapter_base(path)
+    options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
+    model, info = load(auto_class, base or path, made_by, output_loading_info=True, **options)
+    layers = [name for name in info["unexpected_keys"] if re.search(r"\.\d+\.", name)]
+    if layers:  # other parts, like a head, are left out on purpose
+        print(f"  {path} has weights that its config has no place for: {len(layers)}, {layers[0]}")
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     if base:
-        model, missing = _load_weights(auto_class, base, None, config, options)
-        model, held = _merge_adapter(model, path)
-        missing = {*missing} - held
-    else:
-        options |= {"dtype": torch.float32, "use_safetensors": True}
-        model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
-        layers = [key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)]
-        if layers:  # other parts, a head say, are left out on purpose
-            what = f"weights that its config has no place for: {len(layers)}, {layers[0]}"
-            print(f"  {path} has {what}")
-        missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        missing -= merge_adapter(model, path)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{path} holds a weight that is not finite, in {name}")
-    return model, sorted(missing)
+    return model.eval(), sorted(missing)
 
 
 def load_causal_lm(path, tokenizer, made_by=None, **options):
-    """A causal LM in float32, without dropout, with an embedding for each of the tokens."""
-    config = _load_config(path, made_by, options)
+    """Returns a causal LM in float32, without dropout, with an embedding for each token."""
+    code = options["trust_remote_code"] if "trust_remote_code" in options else False
+    config = load_config(path, made_by, trust_remote_code=code)
     kind = (config.architectures or [type(config).__name__])[0]
-    is_encoder = config.is_encoder_decoder or re.search("Classification|MaskedLM", kind)
-    if is_encoder or find_file(path, HEAD):
+    if config.is_encoder_decoder or re.search("Classification|MaskedLM", kind):
         raise UserError(f"{path} is no causal LM but a {kind}")
-    model, missing = _load_weights(AutoModelForCausalLM, path, made_by, config, options)
+    model, missing = load_model(AutoModelForCausalLM, path, made_by, config, **options)
     if missing:
         raise UserError(f"{path} is no causal LM: it has no {missing[0]}")
     fit_embeddings(model, tokenizer)
@@ -638,10 +494,10 @@ def load_causal_lm(path, tokenizer, made_by=None, **options):
 
 
 def set_generation_defaults(model, tokenizer, temperature=1.0):
-    """Replace the generation settings stored with a model (top-k 50, ...) by plain sampling.
+    """Replaces the generation settings stored with a model (top-k 50, ...) by plain sampling.
 
-    `generate` takes from them whatever its caller leaves open, so they would leak into rollouts;
-    and a folder saved with plain ones samples from the very distribution that was trained.
+    `generate` takes from them whatever its caller leaves open, and a saved folder then samples from
+    the very distribution that was trained.
     """
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
@@ -653,147 +509,241 @@ def set_generation_defaults(model, tokenizer, temperature=1.0):
 
 
 def load_classifier(path, made_by=None, **options):
-    """(one-label sequence classifier, names of the weights that `path` does not hold)."""
-    config = _load_config(path, made_by, options)
-    is_classifier = "SequenceClassification" in str(config.architectures)
-    if is_classifier and config.num_labels != 1:
+    """Returns (sequence classifier with one label, names of the weights that `path` lacks).
+
+    A family without such a class in transformers gets one, made of transformers' own parts.
+    """
+    code = options["trust_remote_code"] if "trust_remote_code" in options else False
+    config = load_config(path, made_by, trust_remote_code=code)
+    if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
-    mean, deviation = score_scale(config)
-    is_number = type(mean) in (int, float) and type(deviation) in (int, float)
-    if not (is_number and math.isfinite(mean) and 0 < deviation < math.inf):
+    mean, std = score_scale(config)
+    is_number = type(mean) in (int, float) and type(std) in (int, float)
+    if not (is_number and math.isfinite(mean) and 0 < std < math.inf):
         raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
-    known = type(config) in AutoModelForSequenceClassification._model_mapping
-    if known or "AutoModelForSequenceClassification" in getattr(config, "auto_map", {}):
-        return _load_weights(AutoModelForSequenceClassification, path, made_by, config, options)
-    return _load_trunk(path, made_by, config, options)
-
-
-def find_file(path, name):
-    """Where a file of a model's folder or hub id lies; None if it has none."""
-    quiet = dict.fromkeys(("missing_entries", "connection_errors"), False)
-    return cached_file(path, name, **{f"_raise_exceptions_for_{k}": v for k, v in quiet.items()})
-
-
-def _load_trunk(path, made_by, config, options):
-    """The same for a family without such a class: its base model, with a linear head `score`."""
-    if adapter_base(path):  # of a causal LM, whose names it uses
-        model, missing = _load_weights(AutoModelForCausalLM, path, made_by, config, options)
-        model = model.base_model
-    else:
-        model, missing = _load_weights(AutoModel, path, made_by, config, options)
-    model.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
-    file = find_file(path, HEAD)
-    if file:
-        model.score.load_state_dict(safetensors.torch.load_file(file))
-    return model, missing + ["score.weight"] * (not file)
-
-
-def save_model(model, folder, state=None):
-    """A model as a Hugging Face folder, with weights other than its own if `state` is given; a head
-    that its class does not know as a file beside it.
-    """
-    if is_trunk(model):
-        state = model.state_dict() if state is None else state
-        head = {k.removeprefix("score."): v for k, v in state.items() if k.startswith("score.")}
-        state = {k: v for k, v in state.items() if not k.startswith("score.")}
-    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-    if is_trunk(model):
-        safetensors.torch.save_file(head, os.path.join(folder, HEAD))
-
-
-def read_model(model, folder):
-    """Put what `save_model` wrote back into the model."""
-    options = {"config": model.config, "dtype": torch.float32, "use_safetensors": True}
-    weights = type(model).from_pretrained(folder, **options).state_dict()
-    if os.path.exists(os.path.join(folder, HEAD)):
-        head = safetensors.torch.load_file(os.path.join(folder, HEAD))
-        weights |= {f"score.{key}": value for key, value in head.items()}
-    model.load_state_dict(weights)
+    classes, causal_lms = AutoModelForSequenceClassification, AutoModelForCausalLM._model_mapping
+    has_code = "AutoModelForSequenceClassification" in getattr(config, "auto_map", {})
+    if type(config) not in classes._model_mapping and type(config) in causal_lms and not has_code:
+        kind = causal_lms[type(config)]
+        base = next(each for each in kind.__mro__ if each.__name__.endswith("PreTrainedModel"))
+        name = kind.__name__.replace("CausalLM", "SequenceClassification")
+        members = {"base_model_prefix": kind.base_model_prefix}
+        made = type(name, (GenericForSequenceClassification, base), members)
+        classes.register(type(config), made, exist_ok=True)
+    return load_model(classes, path, made_by, config, **options)
 
 
 def load_scalar_model(path, tokenizer, made_by=None, **options):
-    """(model, head_is_new): a decoder that scores each token, in float32, without dropout.
+    """Returns (a decoder that scores each token, in float32, without dropout; is its head new?).
 
     From the folder of a causal LM it is that trunk with a new, untrained head.
     """
     model, missing = load_classifier(path, made_by, **options)
     if not has_token_head(model):
         raise UserError(f"{path} is a {type(model).__name__}; only decoders with a head are read")
-    lost = [key for key in missing if not key.startswith("score.")]
+    lost = [name for name in missing if not name.startswith("score.")]
     if lost:
-        raise UserError(f"{path} is not whole: it has no {lost[0]}")
+        raise UserError(f"{path} is incomplete: it has no {lost[0]}")
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    with contextlib.suppress(OSError):  # what ends a causal LM's texts may stand only there
+    try:  # the ids that end a causal LM's texts may stand only there
         stored = GenerationConfig.from_pretrained(adapter_base(path) or path).eos_token_id
         model.config.eos_token_id = model.config.eos_token_id if stored is None else stored
+    except OSError:
+        pass
     return model, bool(missing)
 
 
 def has_token_head(model):
-    """Is it a decoder whose score is one linear layer on a token's last hidden state?"""
+    """Returns whether the score is one linear layer on a token's last hidden state."""
     return isinstance(getattr(model, "score", None), torch.nn.Linear)
 
 
-def is_trunk(model):
-    """Is it a base model with a head added here, for want of a class of transformers?"""
-    return has_token_head(model) and model.base_model is model
-
-
 def fit_embeddings(model, tokenizer):
-    """Add an embedding for the new pad token if the model has no spare one."""
+    """Adds an embedding for a new pad token if the model has no spare one."""
     size = model.get_input_embeddings().num_embeddings
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > size + 1:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has ids up to {needed - 1}, the model "
-            f"embeds only {size}; they do not belong together"
-        )
+        name = tokenizer.name_or_path
+        raise UserError(f"the tokenizer of {name} has {needed} ids, the model only {size}")
     if needed > size:
         model.resize_token_embeddings(needed)
 
 
 def check_context(model, length, flags="--max-prompt-length or --response-length"):
-    """Stop if sequences of `length` tokens do not fit the model's positions."""
+    """Raises UserError if sequences of `length` tokens do not fit the model's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < length:  # XLNet says -1 for none
-        raise UserError(
-            f"{length} tokens do not fit the model's {limit} positions ({type(model).__name__}); "
-            f"lower {flags}"
-        )
+    if limit is not None and 0 < limit < length:  # XLNet has -1 for none
+        what = f"{length} tokens do not fit the {limit} positions of a {type(model).__name__}"
+        raise UserError(f"{what}; lower {flags}")
+
+
+# === Adapters: --lora-rank, and folders that peft has saved =======================================
+# A matrix W that is frozen is used as W + 2 B A, and only B and A are trained. B starts at 0, so a
+# model starts as the one without adapters, bit for bit. No adapter is ever switched on or off:
+# reference and critic are module trees of their own over the same frozen weights.
+def import_peft(what):
+    """Returns the optional package peft."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{what} needs the package peft: pip install peft") from None
+    return peft
+
+
+def adapter_base(path):
+    """Returns the folder or hub id of the model that `path` adapts, or None if it is no adapter."""
+    file = os.path.join(path, "adapter_config.json")
+    if not os.path.isfile(file):
+        return None
+    if any(name.endswith(".safetensors") and "adapter" not in name for name in os.listdir(path)):
+        raise UserError(f"{path} holds a model and an adapter; give each a folder of its own")
+    try:
+        with open(file, encoding="utf-8") as opened:
+            base = json.load(opened)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not base or os.path.realpath(base) == os.path.realpath(path):
+        raise UserError(f"{path} is an adapter, but its adapter_config.json names no base model")
+    return base
+
+
+def merge_adapter(model, path):
+    """Adds the adapter in a folder of peft's to the model's weights, in place. Returns the names of
+    what the folder holds.
+    """
+    peft = import_peft(f"the adapter {path}")
+    try:
+        held = {*safetensors.torch.load_file(os.path.join(path, "adapter_model.safetensors"))}
+        config = peft.PeftConfig.from_pretrained(path)
+        config.task_type = None  # its class would call a causal LM's methods of a scalar model
+        adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
+        known = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+        is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        if is_tied and any(re.search(r"\.(embed_tokens|wte|lm_head)\.", name) for name in held):
+            raise ValueError("it changes an embedding that is tied to the LM head")
+        if known ^ held:
+            raise ValueError(f"its weights do not match the model's: {min(known ^ held)}")
+        adapted.merge_and_unload().requires_grad_(True)
+    except Exception as error:  # peft, safetensors and torch each have their own
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"the adapter {path} can't be merged: {first_line(error)}") from error
+    return {name.removeprefix("base_model.model.") for name in held}
+
+
+def shared_copy(model, lora_rank):
+    """Returns a copy of a model. With adapters (a rank) it shares the weights, which are frozen and
+    take no more memory; a score head stays its own, as a critic trains it.
+    """
+    if lora_rank is None:
+        return copy.deepcopy(model)
+    shared = [weight for name, weight in model.named_parameters() if not name.startswith("score.")]
+    return copy.deepcopy(model, {id(weight): weight for weight in shared})
+
+
+def share_trunk(model, other):
+    """Lets a scalar model use the weights of the causal LM that it was made from, by their names."""
+    weights = dict(other.base_model.named_parameters())
+    for name, weight in list(model.base_model.named_parameters(remove_duplicate=False)):
+        if name in weights and weight.shape == weights[name].shape:
+            parent, _, last = name.rpartition(".")
+            setattr(model.base_model.get_submodule(parent), last, weights[name])
+
+
+def add_adapters(model, lora_rank, base):
+    """Puts a LoRA adapter on every linear layer but the LM head (which may be tied to the embedding)
+    and the score head. Only adapters and score head are trained then. Without a rank the model
+    stays as it is. `base` is where the model came from.
+    """
+    if lora_rank is None:
+        return
+    peft = import_peft("--lora-rank")
+    is_scalar, name = has_token_head(model), type(model).__name__
+    if any(re.search("expert|moe", weight) for weight, _ in model.named_parameters()):
+        raise UserError(f"--lora-rank: a {name} is a mixture of experts; it can't adapt those")
+    if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
+        raise UserError(f"--lora-rank: a {name} has state-space layers, which ignore adapters")
+    config = peft.LoraConfig(
+        r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", inference_mode=False,
+        task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM", base_model_name_or_path=base,
+    )
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except Exception as error:  # peft has many kinds
+        raise UserError(f"--lora-rank: a {name} can't be adapted: {first_line(error)}") from error
+    if is_scalar:
+        model.score.requires_grad_(True)
+        config.modules_to_save = ["score"]
+
+
+def merge_adapters(model):
+    """Adds trained adapters to the weights, in place; bf16 weights get the sum rounded to bf16."""
+    state = merged_state(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            base = module.get_base_layer()
+            base.weight.data.copy_(state[f"{name}.weight"])
+            model.set_submodule(name, base)
+    vars(model).pop("peft_config", None)
+
+
+@torch.no_grad()
+def merged_state(model):
+    """Returns the state dict of a model with adapters as of one without: W + 2 B A, in float32."""
+    state = {}
+    for key, weight in model.state_dict().items():
+        name = key.removesuffix(".base_layer.weight")
+        if name != key:
+            weight = weight.float() + model.get_submodule(name).get_delta_weight("default")
+        if ".lora_" not in key:
+            weight = weight.float() if weight.dtype == torch.bfloat16 else weight
+            state[key.replace(".base_layer.", ".")] = weight.cpu()
+    return state
+
+
+def save_model(model, folder):
+    """Saves a model as a Hugging Face folder: adapters merged, and once more in `adapter/`, in
+    peft's format. A value head is saved as value_head.safetensors.
+    """
+    if isinstance(model, torch.nn.Linear):
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(model.state_dict(), folder / "value_head.safetensors")
+        return
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, state_dict=merged_state(model))
+    config.save_pretrained(folder / "adapter")
+    weights = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weights[f"base_model.model.{name.replace('.default.', '.')}"] = weight.contiguous()
+    file = folder / "adapter" / "adapter_model.safetensors"
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
 
 
 # === Scores of a scalar model =====================================================================
 def score_scale(config):
-    """(mean, deviation) that the scores of a reward model are taken by; it may have none yet."""
+    """Returns the (mean, std) that normalize a reward model's scores; (0, 1) if it has none."""
     return getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
 
 
 def token_scores(model, tokens, attention_mask):
-    """The scalar model's output at each token, (B, T) float32: score or value of the text so far.
+    """Returns the scalar model's output at each token, (B, T) float32: of the text up to there.
 
-    In the unit of `score_scale`: reference completions have mean 0 and deviation 1.
+    Normalized by `score_scale`: reference completions have mean 0 and standard deviation 1.
     """
     hidden = forward(model.base_model, tokens, attention_mask).last_hidden_state  # (B, T, width)
     scores = model.score(hidden.float()).squeeze(-1)  # in float32: bf16 keeps 3 digits of a score
-    mean, deviation = score_scale(model.config)
-    return (scores - mean) / deviation
-
-
-def score_logits(model, **inputs):
-    """A classifier's own logits (b, 1); those of a trunk with a head that its class does not know
-    are raw `text_scores` of texts that are padded on the right.
-    """
-    if not is_trunk(model):
-        return model(**inputs).logits
-    mean, deviation = score_scale(model.config)
-    scores = text_scores(model, inputs["input_ids"], inputs["attention_mask"].bool())
-    return scores[:, None] * deviation + mean
+    mean, std = score_scale(model.config)
+    return (scores - mean) / std
 
 
 def text_scores(model, tokens, attention_mask):
-    """The score of each whole text, (B,) float32: the one at its last attended token.
+    """Returns the score of each whole text, (B,) float32: the one at its last attended token.
 
     That is normally the EOS: only there has a causal model read everything.
     """
@@ -803,11 +753,11 @@ def text_scores(model, tokens, attention_mask):
 
 # === Sampling =====================================================================================
 def first_above(weights, uniform):
-    """An index of weights (b, n), drawn in proportion to them by inversion: the first whose running
-    sum exceeds uniform / 2^31 of the total; uniform (b,) int64 is below 2^31.
+    """Returns an index per row of weights (b, n), drawn in proportion to them by inversion: the
+    first whose running sum exceeds uniform / 2^31 of the total. uniform (b,) int64 is below 2^31.
 
     The running sum is one of integers, exact in whatever order a GPU adds. In float32 it would lose
-    small weights beside large ones; float64 not every GPU has.
+    small weights beside large ones, and not every GPU has float64.
     """
     shares = weights / weights.sum(-1, keepdim=True)
     summed = (shares * 2**31).long().cumsum(-1)  # (b, n)
@@ -817,13 +767,12 @@ def first_above(weights, uniform):
 
 
 def sample_tokens(logits, temperature, uniform):
-    """One id per row of logits (b, vocabulary), drawn from softmax(logits / temperature), and its
-    log-probability, (b,) each.
+    """Returns one id per row of logits (b, vocabulary), drawn from softmax(logits / temperature),
+    and its log-probability, (b,) each.
 
-    First a block of 128 ids, by the sums of their probabilities, then an id in it, each by a number
-    of `uniform` (b, 2), see `first_above`. So only a few hundred numbers a row, and no vocabulary,
-    are summed up one by one; torch.multinomial draws a random number per id. A row that holds an
-    inf or a nan has no softmax: the log-probability is nan.
+    A block of 128 ids is drawn first, by the sums of their probabilities, then an id in the block,
+    each with a number of `uniform` (b, 2): running sums over a few hundred numbers instead of the
+    vocabulary (torch.multinomial draws a random number per id). Rows with inf or nan give nan.
     """
     num_ids = logits.shape[1]
     logits = F.pad(logits, (0, -num_ids % 128), value=-math.inf)
@@ -835,90 +784,68 @@ def sample_tokens(logits, temperature, uniform):
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
 
 
-class KeysLikeValues:
-    """A cache of transformers' whose keys have the dtype of the values.
+class GrowingCache(DynamicCache):
+    """The key-value cache, with keys in the dtype of the values.
 
-    Under autocast the rotary embedding leaves the keys in float32, though attention reads them in
-    bf16: kept as such, they would be cast and moved anew for each token.
+    Under autocast the rotary embedding leaves keys in float32, though attention reads them in bf16:
+    they would be cast and moved again for each token.
     """
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
-class GrowingCache(KeysLikeValues, DynamicCache):
-    """Holds the tokens so far; rows may leave it."""
-
-
-class FixedCache(KeysLikeValues, StaticCache):
-    """Has room for all tokens from the start, so that each step has the same shapes."""
-
-
 @torch.no_grad()
-def generate_responses(model, prompts, prompt_mask, response_length, temperature):
-    """Sample a response to each left-padded prompt (B, P): ids and log-probabilities, (B, R) each.
+def generate_responses(model, prompts, prompt_mask, response_length, temperature, generator=None):
+    """Samples a response to each left-padded prompt (B, P). Returns ids and log-probabilities of
+    the sampled tokens, (B, R) each; R is at most response_length.
 
-    R is at most response_length. After an EOS a row holds pad, and 0. Temperature is all: top-k or
-    top-p would sample from another distribution than the log-probabilities' own. The loop is ours,
-    where `model.generate` would do, since a row that has ended leaves the batch (bench/rollout.py
-    times both): in company, as that copies the cache, and seen every fourth token, as a GPU's host
-    waits to see it. State-space models want cache_params and a mask's end.
+    After its EOS a row holds pad, and 0. There is no top-k or top-p: they would sample from another
+    distribution than the one whose log-probabilities are learned from. `model.generate` would do,
+    too; this loop is faster because rows that have finished leave the batch, several at a time, as
+    that copies the cache. It looks for them every fourth token only, as looking makes the CPU wait
+    for the GPU. `generator` draws on the CPU, by default torch's own.
     """
-    settings, training = model.generation_config, model.training
+    settings = model.generation_config
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
-    response = prompts.new_zeros(len(prompts), response_length)  # (B, R)
-    logprobs, num_open = response.float(), response[0].clone()  # and how many have not ended, (R,)
-    uniform = torch.randint(2**31, (*response.shape, 2)).to(prompts.device)  # drawn on the CPU
-    is_state = "cache_params" in inspect.signature(model.forward).parameters
-    rows = share(torch.arange(len(prompts), device=prompts.device))  # which are in the batch, (b,)
-    is_open, response[rows] = torch.ones_like(rows, dtype=torch.bool), settings.pad_token_id
-    cache, inputs, mask = GrowingCache(config=model.config), prompts[rows], prompt_mask[rows]
-    as_cache = {"cache_params" if is_state else "past_key_values": cache}
-    model.eval()  # in train mode, gradient checkpointing would sample without the key-value cache
-    whole = getattr(model, "whole_weights", contextlib.nullcontext)  # of one divided by --shard
-    with autocast(model), whole():  # all steps share one bf16 copy of the matrices
-        for t in range(response_length if len(rows) else 0):  # prompts first, later a token each
+    response = torch.zeros(
+        len(prompts), response_length, dtype=torch.int64, device=prompts.device
+    )  # (B, R)
+    logprobs = response.float()
+    uniform = torch.randint(2**31, (*response.shape, 2), generator=generator).to(prompts.device)
+    is_state_space = "cache_params" in inspect.signature(model.forward).parameters
+    rows = share(torch.arange(len(prompts), device=prompts.device))  # those in the batch, (b,)
+    response[rows] = settings.pad_token_id
+    is_open = torch.ones_like(rows, dtype=torch.bool)  # which of them have not sampled an EOS
+    inputs, mask = prompts[rows], prompt_mask[rows]
+    cache = GrowingCache(config=model.config)
+    checkpointing = [module for module in model.modules() if module.training]
+    model.eval()  # in train mode, gradient checkpointing would turn the cache off
+    with autocast(model):
+        for t in range(response_length if len(rows) else 0):  # the prompts first, then token by token
             new = slice(-inputs.shape[1], None)
-            output = model.forward(  # model() is what --compile compiles, for other shapes
-                input_ids=inputs, attention_mask=mask[:, new] if is_state else mask, use_cache=True,
-                position_ids=position_ids(mask)[:, new], logits_to_keep=1, **as_cache,
+            output = model.forward(  # not model(), which --compile would compile for each length
+                input_ids=inputs, position_ids=position_ids(mask)[:, new], use_cache=True,
+                attention_mask=mask[:, new] if is_state_space else mask, logits_to_keep=1,
+                **{"cache_params" if is_state_space else "past_key_values": cache},
             )
             tokens, logprob = sample_tokens(output.logits[:, -1], temperature, uniform[rows, t])
-            tokens = torch.where(is_open, tokens, settings.pad_token_id)
-            response[rows, t], logprobs[rows, t] = tokens, torch.where(is_open, logprob, 0.0)
-            num_open[t] = is_open.sum()
+            tokens = torch.where(is_open, tokens, settings.pad_token_id)  # (b,)
+            response[rows, t] = tokens
+            logprobs[rows, t] = torch.where(is_open, logprob, 0.0)
             is_open = is_open & ~torch.isin(tokens, eos_ids)
-            inputs, mask = tokens[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            inputs, mask = tokens[:, None], F.pad(mask, (0, 1), value=True)
             left = is_open.nonzero()[:, 0] if t % 4 == 3 else rows
             if len(left) == 0:
                 break
-            if len(left) <= 0.75 * len(rows):  # those that have ended leave
-                cache.reorder_cache(left)  # recurrent states too
-                rows, inputs, mask, is_open = (x[left] for x in (rows, inputs, mask, is_open))
-    model.train(training)
-    if not total(logprobs).isfinite().all():
-        raise FloatingPointError("the logits are not finite")
-    num_columns = total(num_open).count_nonzero()  # R: in the others all have ended
-    return total(response)[:, :num_columns], logprobs[:, :num_columns]
-
-
-@torch.no_grad()
-def generate_compiled(model, prompts, prompt_mask, response_length, temperature):
-    """The same by transformers' loop on a cache of fixed shapes: on CUDA one captured graph.
-
-    The log-probabilities of what it draws would be logits of the whole vocabulary: there are none.
-    """
-    settings, training = model.generation_config, model.training
-    sampling = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=response_length,
-        eos_token_id=settings.eos_token_id or None, pad_token_id=settings.pad_token_id,
-    )
-    length = -(-(prompts.shape[1] + response_length) // 128) * 128  # few lengths, few graphs
-    cache = FixedCache(config=model.config, max_cache_len=length)
-    model.eval()
-    with autocast(model):
-        tokens = model.generate(
-            prompts, attention_mask=prompt_mask, generation_config=sampling, past_key_values=cache
-        )
-    model.train(training)
-    return tokens[:, prompts.shape[1] :], None
+            if len(left) <= 0.75 * len(rows):  # those that have finished leave
+                cache.reorder_cache(left)  # of recurrent layers the state, too
+                rows, inputs, mask, is_open = rows[left], inputs[left], mask[left], is_open[left]
+    for module in checkpointing:
+        module.training = True
+    response, logprobs = total(response), total(logprobs)
+    if not logprobs.isfinite().all():
+        raise UserError("sampling failed: the model's logits are not finite; lower --lr")
+    is_eos = torch.isin(response, eos_ids).long()
+    num_columns = (is_eos.cumsum(1) == is_eos).any(0).sum()  # R: some row had not finished before it
+    return response[:, :num_columns], logprobs[:, :num_columns]

@@ -1,9 +1,9 @@
 """Stage 3 of RLHF, PPO: one batch of text from prompt to optimizer.step(), read top to bottom.
 
-Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
+Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
 
 (1)  rewards     r_t     = -beta * (log pi_old(y_t) - log pi_ref(y_t)) + [t is last] * score(x, y),
-                           with --missing-eos-penalty taken off the score if no EOS came
+                           where the score is lowered by --missing-eos-penalty if no EOS came
 (2)  advantages  delta_t = r_t + gamma * V_{t+1} - V_t ;   A_t = delta_t + gamma * lam * A_{t+1}
 (3)  returns     G_t     = A_t + V_t
 (4)  ratio       rho_t   = pi(y_t) / pi_old(y_t) = exp(log pi(y_t) - log pi_old(y_t))
@@ -12,262 +12,287 @@ Goal      maximise  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
                                           (V_old + clip(V_t - V_old, -eps_v, eps_v) - G_t)^2)
 (7)  total       L       = -L_clip + c1 * L_value - c2 * entropy
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
-                           within a tenth and ten times what it began with
+                           between a tenth and ten times its initial value
 
-          The V of (2) and (3) is V_old, the critic from before the update; that of (6) learns. The
-          A_t of (5) are those of (2) or (2b), whitened over all tokens of the rollout; rewards not.
+          V in (2) and (3) is V_old, computed once per rollout; V in (6) is the critic in training.
+          A_t in (5) is whitened: mean 0 and standard deviation 1 over all tokens of the rollout.
 
-          With --advantage bandit a response is one step, and gamma, lam and eps_v play no part:
-(2b)      A       = sum_t r_t - V(x), for each of its tokens; ratio and clip stay per token
+          With --advantage bandit the whole response is one action; gamma, lam and eps_v are unused:
+(2b)      A       = sum_t r_t - V(x), the same for each token; ratio and clip stay per token
 (6b)      L_value = mean (V(x) - sum_t r_t)^2, without the 1/2 of (6)
 
-Shapes    B prompts, P prompt tokens (left-padded), R response tokens (right-padded), S scorers (the
-          reward models and functions of --reward). In a micro-batch: b rows, r columns of
-          responses, and N tokens that count. V is the critic; the vocabulary has no letter.
-Time      Column t of every (B, R) tensor is about response token y_t:
-          logprobs[:, t] = log pi_old(y_t | x, y_<t);  values[:, t] = V(x, y_<t), before y_t is
-          chosen: a baseline must not know the action.
+Shapes    B responses, P prompt tokens (left-padded), R response tokens (right-padded), S scorers
+          (what --reward names). A micro-batch has b rows and r response columns, of which N tokens
+          count. The vocabulary has no letter, as V is the critic.
+Time      Column t of every (B, R) tensor is about the response token y_t:
+          logprobs[:, t] = log pi_old(y_t | x, y_<t).  values[:, t] = V(x, y_<t), the prediction
+          before y_t is chosen, because a baseline must not depend on the action.
 Mask      response_mask is True where a token counts: up to and including the first EOS.
 
 Models    policy        starts at --policy              trained  writes the responses
           ref policy    a copy of it                    frozen   the KL is measured against it
-          reward model  --reward, one or several, or    frozen   scores a finished text, once
-                        functions; their sum counts
-          critic        separate: starts at the reward  trained  predicts, from an unfinished text,
-                        model; shared: a value head              the rewards still to come; a
-                        on the policy's trunk                    reward model reads finished ones
-          pi_old needs no model: it is the policy before the update; its log-probabilities are kept.
+          reward model  --reward; several are summed    frozen   scores a finished response
+          critic        separate: starts at the reward  trained  predicts, from an unfinished
+                        model; shared: a value head              response, the rewards to come
+                        on the policy's trunk
+          pi_old needs no model. It is the policy before the update; its log-probabilities are kept.
 
-Differs   The score is paid at the last counted token; TRL pays it one slot later if there is one.
-          One function computes all log-probabilities, old, new and reference, at the sampling
-          temperature and with the softmax in float32. The sampler's own are not used: its cache and
-          shapes alone can move a bf16 ratio by several per cent before anything has been learned.
-          Each mean of (5) to (7) is a sum divided once, by the count of the whole minibatch.
-          Under torchrun common.py gives each process a share of the rows wherever models read
-          them, and sums (`common.total`, `processes.add_up`) make it whole. Alone they do nothing.
+Differs   The score is added at the last token that counts; TRL adds it one slot later if there is
+          one. One function computes all log-probabilities (old, new and reference), at the sampling
+          temperature and in float32. Each mean in (5) to (7) is a sum that is divided once, by the
+          count of the whole minibatch, so micro-batches change no gradient.
 
-Read      the main loop first, then sections 1 to 6 in its order; 0, 7 and 8 can wait.
+Read      the main loop first, then sections 1 to 6. Sections 0, 7 and 8 can wait.
 
-Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 ((1) and (8)); Stiennon et
-          al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", whose
-          settings for 1 B parameters are a start for a model of that size: --lr 3e-6
-          --critic-lr 3e-6 --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
+Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 (eqs. 1 and 8); Stiennon et
+          al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". Its settings
+          for 1 B parameters are a start for models of that size: --lr 3e-6 --critic-lr 3e-6
+          --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
           --response-length 53, and 1,000,000 episodes.
 
 Run       python ppo.py --policy ckpt/sft                                        embedded world
           python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
           python ppo.py --policy ckpt/sft --prompts mine.jsonl --reward mine.py:reward
-          python ppo.py --policy ckpt/sft --reward ckpt/reward_model mine.py:length_penalty
-Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, trainer_state/ (for --resume),
-          args.json, metrics.jsonl, samples.jsonl; with --lora-rank also adapter/
+Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, state.pt (for --resume),
+          args.json, metrics.jsonl, samples.jsonl
 """
 
-import plumbing  # first: Ctrl-C while torch loads is no traceback
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while torch loads
 
 import dataclasses
+import json
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 import common
+import harness
 from common import UserError
-from plumbing import adapters, cli, metrics, processes, report, sharding
-from plumbing.cli import DATA, RunConfig, arg
-from plumbing.rows import load_prompts
-from plumbing.runs import Run
-from plumbing.scorers import FunctionScorer, load_scorer, measure_scales
+from harness import DATA, Count, Positive, Range, Share, Weight, arg
+from rewards import FunctionScorer, load_scorer, mean_and_std
 
 
 # === 0. Configuration =============================================================================
-# Three batch words: --batch-size prompts are answered at once in each iteration, --minibatch-size
-# of the responses make an optimizer step, and scoring and update hold --microbatch-size of them at
-# a time. So an iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps at most.
+# Three batch sizes: an iteration samples --batch-size responses; an optimizer step learns from
+# --minibatch-size of them; --microbatch-size of them are in memory at a time. So an iteration takes
+# ppo_epochs * batch_size / minibatch_size optimizer steps.
 @dataclass(frozen=True)
-class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.py
-    output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs", heading="run")
-    save_every: int = arg(10, "iterations between checkpoints", 1)
-    eval_every: int = arg(10, "iterations between evaluations on held-out prompts", 1)
+class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
+    output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
+    eval_every: Count = arg(10, "iterations between evaluations on held-out prompts")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "of all models")
-    compile: bool = arg(False, "torch.compile the models; minutes to start, then faster")
-    shard: bool = arg(False, "divide models and Adam among the processes of torchrun, by FSDP2")
-    explain: bool = arg(False, "print a response token by token, at first and at evaluations")
+    compile: bool = arg(False, "torch.compile scoring and update; minutes to start, then faster")
+    explain: bool = arg(False, "print one response as a table of tokens at each evaluation")
 
-    policy: str = arg("ckpt/sft", "causal LM to train, and the reference", heading="models, data")
-    reward: list[str] = arg(["ckpt/reward_model"], "models or file.py:function; several are summed")
-    judge: str | None = arg(None, "file.py:function, the true reward; reported, not trained on")
-    prompts: list[str] = arg([str(DATA / "prompts.jsonl")], "JSONL rows with a prompt")
-    eval_prompts: list[str] | None = arg(None, "held-out prompts; else up to 128 of --prompts")
+    policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
+    reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
+    judge: str | None = arg(None, "file.py:function, the true reward: reported, not trained on")
+    prompts: list[str] | None = arg(None, "JSONL files of prompts (default: the embedded ones)")
+    eval_prompts: list[str] | None = arg(None, "held-out prompts (default: up to 128 of --prompts)")
 
-    iterations: int = arg(30, "rollouts, each followed by an update", 1, heading="rollout")
-    batch_size: int = arg(128, "prompts per iteration", 1)
-    max_prompt_length: int = arg(512, "in tokens; longer prompts are dropped and counted", 1)
-    response_length: int = arg(64, "in tokens; what has not ended by then is cut and penalised", 1)
-    temperature: float = arg(1.0, "of sampling and of all log-probabilities; 0.7 to 1", 0.01, 100)
+    iterations: Count = arg(30, "number of rollouts, each followed by an update")
+    batch_size: Count = arg(128, "responses per iteration")
+    samples_per_prompt: Count = arg(1, "responses to each prompt, side by side in the batch")
+    max_prompt_length: Count = arg(512, "tokens; longer prompts are dropped and counted")
+    response_length: Count = arg(64, "tokens; longer responses are truncated and penalized")
+    temperature: Annotated[float, Range(0.01, 100)] = arg(
+        1.0, "divides the logits, for sampling and for all log-probabilities; 0.7 to 1"
+    )
 
-    # beta trades score for distance from the reference. If the score rises and the texts get worse,
-    # the reward model is over-optimised: raise beta or stop earlier, and look at a judge, the KL,
-    # lengths and repetition rather than at the score.
-    kl_coef: float = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites hacking", 0, 1e9, "reward")
-    kl_target: float | None = arg(None, "KL to hold by eq. 8, in nats; 3 to 10", 1e-6, 1e9)
-    kl_horizon: int | None = arg(None, "of eq. 8, in episodes; else a 12th of the run's", 1)
-    reward_device: str | None = arg(None, "of reward models and reference; else --device")
-    missing_eos_penalty: float = arg(1.0, "off the score if no EOS came; 0 to 2", 0, 1e9)
+    # beta trades score for distance from the reference. If the score rises while the texts get
+    # worse, the reward model is over-optimized: raise beta or stop earlier, and trust a judge, the
+    # KL, lengths and repetition more than the score.
+    kl_coef: Weight = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites reward hacking")
+    kl_target: Positive | None = arg(None, "adapt beta to hold this KL (eq. 8), in nats; 3 to 10")
+    kl_horizon: Count | None = arg(
+        None, "horizon of eq. 8 in episodes (default: a twelfth of the run's --iterations)"
+    )
+    reward_device: str | None = arg(None, "device of reward models and reference; else --device")
+    missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of truncated responses")
 
-    # gamma 1: a response is finite, and no part of it is worth more for coming sooner. lam trades
-    # the critic's bias (0: believe V one token on) for the return's variance (1: ignore V after t).
-    advantage: Literal["gae", "bandit"] = arg("gae", "per token, or one", heading="advantage")
-    gamma: float = arg(1.0, "discount per token of eq. 2; 1", 0, 1)
-    lam: float = arg(0.95, "lambda of eq. 2; 0.9 to 1", 0, 1)
+    # gamma is 1 because a response is finite and no part of it is worth more for coming sooner. lam
+    # trades bias of the critic (0: trust V at the next token) for variance of the return (1).
+    advantage: Literal["gae", "bandit"] = arg("gae", "one advantage per token, or one per response")
+    gamma: Share = arg(1.0, "discount per token in eq. 2; 1 for text")
+    lam: Share = arg(0.95, "lambda of eq. 2; 0.9 to 1")
     critic: Literal["separate", "shared"] = arg("separate", "a model, or a head on the policy")
 
-    ppo_epochs: int = arg(4, "passes over each rollout, in new orders; 1 to 4", 1, heading="update")
-    minibatch_size: int = arg(32, "sequences per optimizer step", 1)
-    microbatch_size: int = arg(32, "sequences per scoring or update pass; memory and speed", 1)
-    clip_eps: float = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3", 0, 1)
-    value_clip_eps: float = arg(0.2, "eps_v of eq. 6, in units of reward; 0.2 for deviation 1", 0)
-    value_coef: float = arg(0.1, "c1 of eq. 7; Adam all but undoes it if separate", 0, 1e9)
-    entropy_coef: float = arg(0.0, "c2 of eq. 7; 0 to 0.01", 0, 1e9)
-    max_approx_kl: float | None = arg(None, "of a step ends the update before it; 0.02", 0, 1e9)
-    lr: float | None = arg(None, "of the policy, falls linearly; else see LR_BY_SIZE", 0, 1)
-    critic_lr: float | None = arg(None, "of the critic, falls linearly; else by size", 0, 1)
-    max_grad_norm: float = arg(1.0, "clip the gradient of policy and of critic to it", 1e-9)
+    ppo_epochs: Count = arg(4, "passes over each rollout, each in a new order; 1 to 4")
+    minibatch_size: Count = arg(32, "responses per optimizer step")
+    microbatch_size: Count = arg(32, "responses in memory at a time; changes no gradient")
+    clip_eps: Share = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3")
+    value_clip_eps: Annotated[float, Range(0)] = arg(
+        0.2, "eps_v of eq. 6, in units of the reward; inf turns value clipping off"
+    )
+    value_coef: Weight = arg(0.1, "c1 of eq. 7; matters little to a separate critic, due to Adam")
+    entropy_coef: Weight = arg(0.0, "c2 of eq. 7; 0 to 0.01")
+    max_approx_kl: Weight | None = arg(None, "stop an update early above this approx_kl; 0.02")
+    lr: Share | None = arg(None, "policy's learning rate, decays to 0 (default: by model size)")
+    critic_lr: Share | None = arg(None, "critic's learning rate (default: by model size)")
+    max_grad_norm: Positive = arg(1.0, "clip the gradient norms of policy and critic to this")
 
 
-# Learning rates by number of parameters. What suits a tiny model ruins a large one within an
-# iteration, so there is no one default; the start-up report prints the one in use. The first two
-# were measured here (at 0.3, 1 and 5 M parameters approx_kl starts at 0.01 to 0.05), the last is
-# that of Huang et al. 2024 for 1 to 7 B; what lies between was not.
+# Learning rates by number of parameters: what suits a tiny model ruins a large one in one iteration.
+# The first two were measured here (at 0.3, 1 and 5 M parameters, approx_kl starts at 0.01 to 0.05);
+# the last is that of Huang et al. 2024 for 1 to 7 B; nothing in between was measured.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
-# What --resume may be given anew; --iterations changes the learning rates still to come.
-MAY_CHANGE = ("iterations", "eval_every", "explain")
-MAY_CHANGE += ("attention", "compile", "shard", "reward_device")  # where and how it runs
+MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
 
 
 def check_config(cfg):
-    """Every rule about the flags that needs no model."""
-    cli.check_ranges(cfg)
-    if len({*cfg.reward}) < len(cfg.reward):
+    """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
+    if flags do not fit together.
+    """
+    if len(set(cfg.reward)) < len(cfg.reward):
         raise UserError("--reward names one twice; it would count twice")
     if cfg.reward_device and cfg.lora_rank is not None:
-        raise UserError("--lora-rank shares the models' weights; no --reward-device can have some")
+        raise UserError("--reward-device can't be used with --lora-rank, which shares weights")
     if cfg.kl_horizon is not None and cfg.kl_target is None:
-        raise UserError("--kl-horizon is of eq. 8, which needs a --kl-target")
+        raise UserError("--kl-horizon belongs to eq. 8, which needs a --kl-target")
     if cfg.kl_target is not None and cfg.kl_coef == 0:
         raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
-    if cfg.kl_target is not None and (cfg.kl_horizon or math.inf) < cfg.batch_size:
+    if cfg.kl_horizon is not None and cfg.kl_horizon < cfg.batch_size:
         raise UserError(f"--kl-horizon is {cfg.kl_horizon}; it must be at least {cfg.batch_size}")
-    if cfg.batch_size % cfg.minibatch_size:
-        divisors = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
-        near = min(divisors, key=lambda n: abs(n - cfg.minibatch_size))
-        raise UserError(
-            f"--batch-size {cfg.batch_size} is not a multiple of --minibatch-size "
-            f"{cfg.minibatch_size}; use --minibatch-size {near}"
-        )
-
-
-def with_embedded_defaults(cfg):
-    """The embedded prompts come with held-out ones and with a judge that knows the true reward."""
-    if cfg.prompts != Config().prompts:
+    for name in ("minibatch_size", "samples_per_prompt"):
+        if cfg.batch_size % getattr(cfg, name):
+            what = f"--batch-size {cfg.batch_size} is not a multiple of {harness.flag_of(name)}"
+            raise UserError(f"{what} {getattr(cfg, name)}")
+    if cfg.prompts is not None:
         return cfg
-    judge = cfg.judge or f"{DATA / 'true_reward.py'}:true_reward"
-    eval_prompts = cfg.eval_prompts or [str(DATA / "heldout_prompts.jsonl")]
-    return dataclasses.replace(cfg, judge=judge, eval_prompts=eval_prompts)
+    return dataclasses.replace(
+        cfg, prompts=[str(DATA / "prompts.jsonl")],
+        eval_prompts=cfg.eval_prompts or [str(DATA / "heldout_prompts.jsonl")],
+        judge=cfg.judge or f"{DATA / 'true_reward.py'}:true_reward",
+    )
 
 
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
-def endless_batches(rows, batch_size, rng):
-    """Batches of rows for ever: all rows once in random order, then again in another order."""
+# FORK: other prompt data become rows with a "prompt" here.
+def load_prompts(cfg, tokenizer):
+    """Returns (rows, held-out rows) that fit, each with its token ids as `row.prompt_ids`."""
+
+    def encode(row):
+        row.unread = ()  # a reward function may read any key
+        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
+        yield (harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty") or row
+
+    formats = [("prompt",)]
+    rows = harness.convert(harness.read_rows(cfg.prompts, formats), encode)
+    if cfg.eval_prompts is None:
+        return harness.hold_out(rows, 128, cfg.seed, prompt_of)
+    eval_rows = harness.read_rows(cfg.eval_prompts, formats)
+    harness.report_overlap(rows, eval_rows, prompt_of)
+    return rows, harness.convert(eval_rows, encode, "held out")
+
+
+def prompt_of(row):
+    return row["prompt"]
+
+
+def endless_batches(rows, num_prompts, samples_per_prompt, rng):
+    """Yields batches of rows for ever: all rows in random order, then again in another order.
+
+    Each row stands `samples_per_prompt` times side by side.
+    """
     order = []
     while True:
-        while len(order) < batch_size:
+        while len(order) < num_prompts:
             order += rng.sample(rows, len(rows))
-        yield order[:batch_size]
-        order = order[batch_size:]
+        yield [row for row in order[:num_prompts] for _ in range(samples_per_prompt)]
+        order = order[num_prompts:]
 
 
 def mask_through_first_eos(response, eos_ids):
-    """True up to and including the first EOS, (B, R) bool; all True where none came.
+    """Returns True up to and including the first EOS, (B, R) bool; all True where none came.
 
-    The EOS is inside: it is an action, chosen like any other token, and the score is paid there.
-    What follows is padding. The mask is built from the generated tokens alone: `response == pad`
-    would go wrong wherever the pad token can be sampled or is the EOS.
+    The EOS counts: it is an action, chosen like any other token, and the score is added there. What
+    follows is padding. The mask is built from the sampled tokens alone, because `response == pad`
+    goes wrong wherever the pad token can be sampled or is the EOS.
     """
     is_eos = torch.isin(response, torch.tensor(eos_ids, device=response.device)).long()
     return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before t
 
 
-def sample_responses(policy, prompt_rows, response_length, temperature):
-    """One response per row, plainly sampled: no top-k, no top-p, nothing stored with the model.
+@dataclass(frozen=True)
+class Rollout:
+    """One response to each prompt. R is the longest response, at most --response-length."""
 
-    Returns:
-        tokens (B, P+R) int64, attention_mask (B, P+R) bool, response_mask (B, R) bool, ended (B,)
-        bool, True where an EOS came, and the sampler's own log-probabilities (B, R), which only
-        `check_sampler` reads. R is the longest response, at most response_length.
+    tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
+    attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
+    response_mask: torch.Tensor  # (B, R) bool      True up to and including the first EOS
+    finished: torch.Tensor  # (B,) bool             True where an EOS came
+    sampled_logprobs: torch.Tensor  # (B, R)        the sampler's own; only check_sampler reads them
+    texts: list  # B strings                        decoded responses, without the EOS
+
+
+def sample_responses(policy, tokenizer, prompt_rows, response_length, temperature, generator):
+    """Returns a Rollout: plain sampling, no top-k or top-p, no settings stored with the model.
+
+    The decoding loop is `common.generate_responses`.
     """
     settings = policy.generation_config
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
     prompt_ids = [row.prompt_ids for row in prompt_rows]
     prompts, prompt_mask = common.pad(prompt_ids, settings.pad_token_id, "left")  # (B, P)
     prompts, prompt_mask = prompts.to(policy.device), prompt_mask.to(policy.device)
-    compiled = getattr(policy, "samples_compiled", False)  # by --compile, on CUDA
-    sample = common.generate_compiled if compiled else common.generate_responses
-    sampled = sample(policy, prompts, prompt_mask, response_length, temperature)
-    response, sampled_logprobs = sampled  # (B, R) each
-    response_mask = mask_through_first_eos(response, settings.eos_token_id)
+    response, sampled_logprobs = common.generate_responses(
+        policy, prompts, prompt_mask, response_length, temperature, generator
+    )  # (B, R) each
+    response_mask = mask_through_first_eos(response, settings.eos_token_id)  # (B, R)
     eos_ids = torch.tensor(settings.eos_token_id, device=response.device)
-    ended = torch.isin(response, eos_ids).any(1)  # (B,)
-    attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P+R)
-    tokens = torch.cat([prompts, response], 1)  # (B, P+R)
-    return tokens, attention_mask, response_mask, ended, sampled_logprobs
-
-
-def decode_responses(tokens, attention_mask, response_mask, ended, tokenizer):
-    """The texts of the responses: what each adds to its decoded prompt, but for the EOS."""
-    prompt_length, texts = tokens.shape[1] - response_mask.shape[1], []
-    for ids, mask, has_eos in zip(tokens.cpu(), attention_mask.cpu(), ended.tolist()):
-        prompt, response = ids[:prompt_length], ids[prompt_length:]
-        prompt = prompt[mask[:prompt_length]].tolist()
-        response = response[mask[prompt_length:]].tolist()
-        texts.append(common.decode(tokenizer, prompt, response[: len(response) - has_eos]))
-    return texts
+    finished = torch.isin(response, eos_ids).any(1)  # (B,)
+    texts = []
+    for i, length in enumerate((response_mask.sum(1) - finished.long()).tolist()):  # without EOS
+        texts.append(common.decode(tokenizer, prompt_ids[i], response[i, :length].tolist()))
+    return Rollout(
+        tokens=torch.cat([prompts, response], 1),
+        attention_mask=torch.cat([prompt_mask, response_mask], 1),
+        response_mask=response_mask,
+        finished=finished,
+        sampled_logprobs=sampled_logprobs,
+        texts=texts,
+    )
 
 
 # === 2. Score: one number per response ============================================================
-def score_responses(scorers, tokens, attention_mask, prompt_rows, responses):
-    """What each of the S scorers, usually one, says of each response: (S, B) float32.
+def score_responses(scorers, rollout, prompt_rows):
+    """Returns the score of each response by each of the S scorers, (S, B) float32, no gradient.
 
-    A scorer is called with these arguments and gives (B,), without gradient. A reward model of
-    reward_model.py reads the tokens as the policy wrote them and is asked at the last attended one,
-    the EOS if there is one; its scores have mean 0 and deviation 1 on texts like the SFT policy's.
-    One with other tokens is asked about the texts. What a Python function says counts as it is.
+    A reward model of reward_model.py reads the tokens as the policy wrote them, and its score is
+    the output at the last one, the EOS if there is one; scores have mean 0 and standard deviation 1
+    on texts like the SFT policy's. One with another tokenizer reads the decoded texts. A Python
+    function's values are used as returned. All are in rewards.py.
     """
-    scores = [score(tokens, attention_mask, prompt_rows, responses) for score in scorers]
+    scores = []
+    for scorer in scorers:
+        scores.append(scorer(rollout.tokens, rollout.attention_mask, prompt_rows, rollout.texts))
     return torch.stack(scores)
 
 
 # === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
-PIECE = 2**25  # logits at a time: 128 MB in float32; half a dozen tensors of the size come and go
+PIECE = 2**25  # logits processed at a time: 128 MB in float32, and several tensors of that size
 
 
 class ValueHead(torch.nn.Linear):
-    """The critic of --critic shared: V read from the policy's own last hidden states."""
+    """The critic of --critic shared: reads V from the policy's own last hidden states."""
 
 
 def token_logprobs(logits, tokens, temperature, with_entropy):
-    """Log-probabilities of tokens (b, R) and entropies, (b, R) float32 each, from their logits.
+    """Returns log-probabilities of tokens (b, R), and entropies, (b, R) float32 each.
 
-    The sampler divided the logits by the temperature, so every log-probability does, the
-    reference's too: the policy that is optimised is the tempered one, and its KL starts at 0.
+    Every log-probability divides the logits by the temperature, because the sampler did. For the
+    reference, too: the policy that is optimized is the tempered one, and its KL must start at 0.
     """
     all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
-    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, R)
     if not with_entropy:
         return logprobs, torch.zeros_like(logprobs)
     return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
@@ -276,119 +301,110 @@ def token_logprobs(logits, tokens, temperature, with_entropy):
 def forward_responses(
     policy, critic, tokens, attention_mask, num_columns, temperature, with_entropy=False
 ):
-    """The log-probabilities of old, new and reference policy: all that are learned from.
-
-    Returns:
-        logprobs, values, entropy, each (B, R) float32 with R = num_columns. Without a critic the
-        values are 0, and so is the entropy unless asked for: it takes a softmax more.
+    """Returns per-token log-probabilities, values and entropies of responses: (B, R) float32 each,
+    R = num_columns. Without a critic the values are 0; so are the entropies unless asked for.
 
     A causal model's output at position i is its distribution over token i + 1. So what belongs to
-    the R response tokens is read one position earlier, from the last prompt token on. Models are
-    read with a shift here and nowhere else; after it every column t is about y_t.
+    the R response tokens is read one position earlier, from the last prompt token on. This is the
+    only place that shifts; after it, column t of every tensor is about y_t.
 
-        position   ...  P-2   P-1    P    P+1  ...  P+R-2   P+R-1
-        holds      ...  x     x      y_0  y_1  ...  y_{R-2} y_{R-1}
-        predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}  (left out)
+        position   ...  P-2   P-1    P    P+1  ...  P+R-2     P+R-1
+        token      ...  x     x      y_0  y_1  ...  y_{R-2}   y_{R-1}
+        predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}   (dropped)
     """
     is_shared = isinstance(critic, ValueHead)
     tokens, attention_mask = tokens.to(policy.device), attention_mask.to(policy.device)
-    # The last token predicts nothing that counts: left out, the last R positions are the wanted.
-    # common.forward adds position ids that skip the padding, and the model's precision.
-    inputs, attention_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
+    # Drop the last position, which predicts nothing that counts, and keep the last R.
+    inputs, input_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
     output = common.forward(
-        policy, inputs, attention_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
+        policy, inputs, input_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
     )
-    # Some rows at a time, and what backward needs of them is computed again there (checkpoint): of
-    # tensors as wide as the vocabulary only the logits, and in backward their gradients, are whole.
+    # A few rows at a time; `checkpoint` recomputes in backward what it needs of them. So of tensors
+    # as wide as the vocabulary only the logits, and in backward their gradients, are whole.
     num_rows = max(1, PIECE // (num_columns * output.logits.shape[-1]))
-    pieces = zip(output.logits.split(num_rows), tokens[:, -num_columns:].split(num_rows))
-    done = [
-        checkpoint(
-            token_logprobs, *piece, temperature, with_entropy, use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for piece in pieces
-    ]
-    logprobs, entropy = (torch.cat(piece) for piece in zip(*done))
+    targets = tokens[:, -num_columns:]  # (B, R)
+    pieces = []
+    for logits, ids in zip(output.logits.split(num_rows), targets.split(num_rows)):
+        pieces.append(checkpoint(
+            token_logprobs, logits, ids, temperature, with_entropy,
+            use_reentrant=False, preserve_rng_state=False,
+        ))
+    logprobs = torch.cat([logprob for logprob, _ in pieces])
+    entropies = torch.cat([entropy for _, entropy in pieces])
     if critic is None:
         values = torch.zeros_like(logprobs)
     elif is_shared:
         hidden = output.hidden_states[-1][:, -num_columns:]  # (B, R, width)
-        values = critic(hidden.float()).squeeze(-1)  # float32, as the separate critic's head
+        values = critic(hidden.float()).squeeze(-1)
     else:
-        values = common.token_scores(critic, inputs, attention_mask)[:, -num_columns:]
-    return logprobs, values, entropy
+        values = common.token_scores(critic, inputs, input_mask)[:, -num_columns:]
+    return logprobs, values, entropies
 
 
 @torch.no_grad()
-def evaluate_tokens(
-    policy, critic, ref_policy, tokens, attention_mask, num_columns, temperature, microbatch_size
-):
-    """logprobs, ref_logprobs, values, entropy of a whole rollout, each (B, R) float32.
+def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch_size):
+    """Returns logprobs, ref_logprobs, values and entropies of a rollout, (B, R) float32 each.
 
     The old log-probabilities are computed here although the sampler had some: they must come from
-    the function that the update uses, or the first ratio is not 1. What is left of a difference is
-    rounding, which may depend on the shapes a row is computed in: approx_kl_first in the log.
-    It goes by parts of like length, each without the columns that are padding in all its rows.
+    the function that the update uses, or the first ratio is not 1. What remains is rounding, which
+    depends on the shapes of the micro-batches (approx_kl_first in the log).
     """
+    tokens, num_columns = rollout.tokens, rollout.response_mask.shape[1]
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
-    everything, prompt_length = torch.arange(len(tokens)), tokens.shape[1] - num_columns
-    for part, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
-        part = part.to(tokens.device)
+    prompt_length = tokens.shape[1] - num_columns
+    everything = torch.arange(len(tokens))
+    for rows, columns in common.parts_by_length(rollout.attention_mask, everything, microbatch_size):
+        part, mask = tokens[rows, columns], rollout.attention_mask[rows, columns]
         width = columns.stop - prompt_length
-        inputs = tokens[part, columns], attention_mask[part, columns], width, temperature
-        logprobs, values, entropy = forward_responses(policy, critic, *inputs, with_entropy=True)
-        ref_logprobs, _, _ = forward_responses(ref_policy, None, *inputs)
+        logprobs, values, entropies = forward_responses(
+            policy, critic, part, mask, width, temperature, with_entropy=True
+        )
+        ref_logprobs, _, _ = forward_responses(ref_policy, None, part, mask, width, temperature)
         ref_logprobs = ref_logprobs.to(tokens.device)  # from --reward-device
-        results[:, part, :width] = torch.stack([logprobs, ref_logprobs, values, entropy])
-    return common.total(results).unbind()
+        results[:, rows, :width] = torch.stack([logprobs, ref_logprobs, values, entropies])
+    logprobs, ref_logprobs, values, entropies = common.total(results)  # under torchrun, of all
+    return logprobs, ref_logprobs, values, entropies
 
 
 # === 4. Rewards: eqs. 1 and 8 =====================================================================
 def kl_shaped_rewards(scores, token_kl, response_mask, kl_coef):
-    """Eq. 1: what each token is paid, (B, R), 0 at padding.
+    """Returns the reward of each token by eq. 1, (B, R), 0 at padding.
 
     Args:
         scores: (B,), one per response.
-        token_kl: (B, R), log pi_old(y_t) - log pi_ref(y_t). Summed over a response, its mean over
-            the policy's own samples is the KL; the exact sum over the vocabulary would need both
-            whole distributions.
+        token_kl: (B, R), log pi_old(y_t) - log pi_ref(y_t). Its sum over a response, averaged over
+            the policy's own samples, is the KL; the exact KL needs sums over the vocabulary.
 
-    The reward model judges the finished text, so its whole score arrives at the last counted token;
-    every token pays for its own distance from the reference. Advantages carry both back in time.
-    In the reward, and not in the loss, the KL is credited to the tokens that lead to it.
+    The reward model judges the finished text, so the whole score arrives at the last token; every
+    token is penalized for its own distance from the reference. Advantages carry both back in time.
+    With the KL in the reward, and not in the loss, it is credited to the tokens that lead to it.
     """
     rewards = torch.where(response_mask, -kl_coef * token_kl, 0.0)  # eq. 1, left
-    last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or the cut
+    last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or where it was cut
     return rewards.scatter_add(1, last_index, scores[:, None])  # eq. 1, right
 
 
-def adapt_kl_coef(kl_coef, kl, cfg):
-    """Eq. 8: raise beta while the KL is above its target, else lower it; without one it stays.
+def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
+    """Returns beta for the next iteration by eq. 8: higher if the KL is above its target.
 
-    `kl` is the batch's mean of token_kl summed over each response, in nats. Beta stays within a
-    tenth and ten times --kl-coef: beyond, either the score or the KL would count for nothing. The
-    default horizon lets it go about as far within a run: 10 times in 30 iterations.
-
-    Ziegler et al. 2019, whose paper has a constant 0.1 where their code has batch / horizon.
+    `kl` is the batch's mean KL per response, in nats; `step_size` is batch / horizon, where Ziegler
+    et al. 2019 have a constant 0.1 in the paper and this in the code. Beta stays between a tenth and
+    ten times its initial value: beyond that, either the score or the KL would no longer matter. The
+    default horizon allows a factor of about 10 in a run of 30 iterations.
     """
-    if cfg.kl_target is None:
-        return kl_coef
-    horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
-    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    kl_coef *= 1 + error * cfg.batch_size / horizon  # eq. 8
-    return min(max(kl_coef, cfg.kl_coef / 10), cfg.kl_coef * 10)
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    kl_coef *= 1 + error * step_size  # eq. 8
+    return min(max(kl_coef, initial_kl_coef / 10), initial_kl_coef * 10)
 
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
-# FORK: another advantage estimator is one more function like these two, named at ESTIMATORS, beside
-# a value loss, and in --advantage. One without a critic leaves value_mask False everywhere; let
-# `load_critic` return None for it.
+# FORK: another estimator is one more function of rewards, values and response_mask that returns
+# advantages and returns. examples/forks has GRPO and RLOO, which need no critic.
 def gae(rewards, values, response_mask, gamma, lam):
-    """Advantages, returns and value_mask, each (B, R), by eqs. 2 and 3 (Schulman et al. 2016).
+    """Returns advantages and returns by eqs. 2 and 3, (B, R) each (Schulman et al. 2016).
 
-    `values` are from before the update, so the returns are targets that stay put over the epochs.
-    After the last token nothing is left to earn: V is 0 there, even where the response was cut.
+    `values` are from before the update, so the returns are fixed targets during all epochs. After
+    the last token there is nothing left to earn: V is 0 there, also where a response was truncated.
     With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
     rewards = torch.where(response_mask, rewards, 0.0)
@@ -400,28 +416,26 @@ def gae(rewards, values, response_mask, gamma, lam):
     for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + gamma * lam * running  # eq. 2, right
         advantages[:, t] = running
-    return advantages, advantages + values, response_mask  # eq. 3; every value is trained
+    return advantages, advantages + values  # eq. 3
 
 
-def bandit(rewards, values, response_mask, gamma, lam):
-    """The same where the whole response is one action, eq. 2b; gamma and lam play no part.
+def bandit(rewards, values, response_mask):
+    """Returns advantages and returns where the whole response is one action, eq. 2b, (B, R) each.
 
-    One baseline V(x), the value before the first token, serves the whole text, and every token gets
-    the same advantage. GAE with gamma = lam = 1 is its cousin: the return from t on, minus V_t.
+    One baseline, the value V(x) before the first token, serves the whole response, and every token
+    gets the same advantage. GAE with gamma = lam = 1 is similar: the return from t on, minus V_t.
     """
     returns = torch.where(response_mask, rewards, 0.0).sum(1, keepdim=True)  # (B, 1)
     advantages = torch.where(response_mask, returns - values[:, :1], 0.0)  # eq. 2b
-    is_first = torch.zeros_like(response_mask)
-    is_first[:, 0] = True  # only V(x) is used, so only V(x) is trained
-    return advantages, torch.where(response_mask, returns, 0.0), is_first
+    return advantages, torch.where(response_mask, returns, 0.0)
 
 
 def whiten(x, mask):
-    """x with mean 0 and (population) deviation 1 over the True positions; 0 elsewhere.
+    """Returns x with mean 0 and (population) standard deviation 1 over the True positions; else 0.
 
-    It fixes the scale of the policy loss against value loss, entropy and gradient clip, and takes
-    out what all tokens share, as where the critic is too low throughout. Over the whole rollout, as
-    a minibatch's mean would be noisy; after the returns, which keep their unit.
+    This fixes the scale of the policy loss against value loss, entropy and gradient clipping, and
+    removes what all tokens have in common, such as a critic that is too low everywhere. It is done
+    over the whole rollout, as a minibatch's mean is noisy, and after the returns were computed.
     """
     counted = x[mask]
     return torch.where(mask, (x - counted.mean()) / (counted.std(correction=0) + 1e-8), 0.0)
@@ -430,7 +444,7 @@ def whiten(x, mask):
 # === 6. Update: eqs. 4-7 ==========================================================================
 @dataclass(frozen=True)
 class Batch:
-    """One rollout as constants of the update: what the old policy did, and how it went."""
+    """One rollout, as constants of the update."""
 
     tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
     attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
@@ -440,348 +454,583 @@ class Batch:
     ref_logprobs: torch.Tensor  # (B, R) float32    log pi_ref(y_t), for a fork's KL in the loss
     values: torch.Tensor  # (B, R) float32          V_old(x, y_<t)
     advantages: torch.Tensor  # (B, R) float32      whitened
-    returns: torch.Tensor  # (B, R) float32         from before whitening
-
-    def __post_init__(self):
-        for name, x in vars(self).items():  # the table above, checked
-            wide = name in ("tokens", "attention_mask")
-            shape = len(self.tokens), (self.tokens if wide else self.response_mask).shape[1]
-            dtype = torch.bool if "mask" in name else torch.int64 if wide else torch.float32
-            assert x.shape == shape and x.dtype == dtype, (name, x.shape, x.dtype)
+    returns: torch.Tensor  # (B, R) float32         not whitened
 
     def micro_batches(self, index, size):
-        """The rows of a minibatch as Batches of up to `size`, without what is padding in each."""
+        """Yields the rows `index` as Batches of up to `size` rows of similar length, each without
+        the columns that are padding in all of its rows.
+        """
         prompt_length = self.tokens.shape[1] - self.response_mask.shape[1]
-        for part, columns in common.parts_by_length(self.mask_on_host, index, size):
-            part, of_response = part.to(self.tokens.device), slice(columns.stop - prompt_length)
-            wide = {"tokens": columns, "attention_mask": columns}
-            yield Batch(**{
-                field.name: getattr(self, field.name)[part, wide.get(field.name, of_response)]
-                for field in dataclasses.fields(self)
-            })
-
-    def counted(self):
-        """The indices of tokens that count, and of values that are trained."""
-        return [mask.nonzero(as_tuple=True) for mask in (self.response_mask, self.value_mask)]
-
-    @cached_property
-    def mask_on_host(self):
-        """attention_mask on the CPU, fetched once: the host cuts micro-batches without waiting."""
-        return self.attention_mask.cpu()
+        for rows, columns in common.parts_by_length(self.attention_mask, index, size):
+            width = columns.stop - prompt_length
+            yield Batch(
+                tokens=self.tokens[rows, columns],
+                attention_mask=self.attention_mask[rows, columns],
+                response_mask=self.response_mask[rows, :width],
+                value_mask=self.value_mask[rows, :width],
+                logprobs=self.logprobs[rows, :width],
+                ref_logprobs=self.ref_logprobs[rows, :width],
+                values=self.values[rows, :width],
+                advantages=self.advantages[rows, :width],
+                returns=self.returns[rows, :width],
+            )
 
 
-def minibatches(batch_size, minibatch_size, epochs):
-    """The row indices of every optimizer step of an update; each epoch in an order of its own."""
+def minibatches(batch_size, minibatch_size, epochs, generator):
+    """Yields the row indices of every optimizer step of an update; each epoch has a new order."""
     for _ in range(epochs):
-        yield from torch.randperm(batch_size).split(minibatch_size)
+        yield from torch.randperm(batch_size, generator=generator).split(minibatch_size)
 
 
 # FORK: another policy loss goes here.
-def policy_loss(new_logprobs, logprobs, advantages, clip_eps):
-    """Loss and ratio of each token, eqs. 4 and 5, in the shape of the inputs.
+def policy_loss(ratio, advantages, clip_eps):
+    """Returns the loss of each token, eq. 5, in the shape of the inputs.
 
-    In the first minibatch every ratio is 1, up to rounding, and the loss is -A. That depends on no
-    weight, yet it has a gradient: d ratio = ratio * d log pi, so that step is REINFORCE with A.
-    Where the ratio is clipped and A pushes further out, the minimum is constant: gradient 0.
+    In the first minibatch every ratio is 1 and the loss is -A, whose mean is about 0. The gradient
+    is not 0: d ratio = ratio * d log pi, so this step is REINFORCE with the advantage A. Where the
+    ratio is clipped and A pushes it further out, the minimum is constant and the gradient is 0.
     """
-    ratio = torch.exp(new_logprobs - logprobs)  # eq. 4
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages), ratio  # eq. 5
+    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)  # eq. 5
 
 
 def value_loss(new_values, values, returns, value_clip_eps):
-    """Loss of each value, eq. 6: the worse of the plain and the clipped error.
+    """Returns the loss of each value, eq. 6: the larger of the plain and the clipped error.
 
-    Where V has moved more than eps_v and is nearer to the target than V_old +- eps_v is, the
-    clipped error is the larger and the gradient 0; moving away from the target is never clipped. It
-    mirrors eq. 5, and is a brake on trusting one rollout too far, not a bound.
+    Where V has moved more than eps_v towards its target, the clipped error is the larger one and
+    the gradient is 0. Moving away from the target is never clipped. Like eq. 5, this limits how far
+    one rollout is trusted; it is not a bound on V.
     """
     clipped = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)  # eq. 6
 
 
-def bandit_value_loss(new_values, values, returns, value_clip_eps):
-    """Loss of each V(x), eq. 6b: the plain squared error."""
+def bandit_value_loss(new_values, returns):
+    """Returns the loss of each V(x), eq. 6b: the squared error."""
     return (new_values - returns) ** 2  # eq. 6b
 
 
-ESTIMATORS = {"gae": (gae, value_loss), "bandit": (bandit, bandit_value_loss)}  # of --advantage
-
-
-def total_loss(
-    policy_losses, value_losses, entropy, num_tokens, num_values, value_coef, entropy_coef
-):
-    """Eq. 7, a scalar: sums over what is given, divided by the counts of the whole minibatch.
-
-    The policy's mean is over tokens, the critic's over the positions where it is trained (without a
-    critic there are none, and num_values is 1 to divide by). Dividing a micro-batch's sums by the
-    minibatch's counts makes the gradients of its micro-batches add up to the minibatch's own.
-    """
-    policy_term = (policy_losses - entropy_coef * entropy).sum() / num_tokens
-    return policy_term + value_coef * value_losses.sum() / num_values  # eq. 7
-
-
 @torch.no_grad()
-def update_statistics(policy_losses, value_losses, ratio, num_tokens, num_values, clip_eps):
-    """A micro-batch's share of the optimizer step's means, {metric: number}: shares add up.
-
-    approx_kl estimates KL(pi_old || pi) by rho - 1 - log rho, never negative (Schulman 2020,
-    "Approximating KL divergence"). It says how far one update went; `kl` how far the whole run did.
-    clip_fraction counts all ratios outside 1 +- eps, also those whose gradient is not 0.
+def add_statistics(sums, **terms):
+    """Adds a micro-batch's terms to the sums of its optimizer step. Every key ends up in the log,
+    averaged over the optimizer steps, so a fork adds a number by adding a key.
     """
-    return {
-        "policy_loss": policy_losses.sum() / num_tokens,
-        "value_loss": value_losses.sum() / num_values,
-        "approx_kl": (ratio - 1 - ratio.log()).sum() / num_tokens,
-        "clip_fraction": ((ratio - 1).abs() > clip_eps).sum() / num_tokens,
-        "ratio": ratio.sum() / num_tokens,
-    }
+    for name, term in terms.items():
+        sums[name] = sums.get(name, 0.0) + term.detach()
 
 
 # === 7. The models, and where the critic starts ===================================================
-def load_models(cfg, tokenizer, rows, device):
-    """policy, ref_policy, critic and the list of scorers, on the device.
+def load_models(cfg, tokenizer, longest, device):
+    """Returns policy, ref_policy, critic and the list of scorers, on their devices.
 
-    Trained weights are float32, and dropout is off (loading sets all rates to 0): two passes
-    with two dropout masks are two policies, and the ratio would not be 1.
+    `longest` is the largest number of tokens in a sequence. Trained weights are float32, and
+    dropout is off: two passes with two dropout masks are two policies, and the ratio is not 1.
     """
-    attention = None if cfg.attention == "auto" else cfg.attention  # what transformers takes
-    options = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": attention}
+    options = {"trust_remote_code": cfg.trust_remote_code}
+    if cfg.attention != "auto":
+        options["attn_implementation"] = cfg.attention
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
-    if cfg.lora_rank is None and not cfg.shard:  # out of the host's memory, before the next is read
-        policy.to(device)
-    ref_policy = adapters.twin(policy, cfg.lora_rank).requires_grad_(False)
-    load = lambda spec: load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options)
-    scorers = [load(spec) for spec in cfg.reward]
+    if cfg.lora_rank is None:
+        policy.to(device)  # now, to free the host's memory for the next model
+    ref_policy = common.shared_copy(policy, cfg.lora_rank).requires_grad_(False)
+    scorers = []
+    for spec in cfg.reward:
+        scorers.append(load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options))
     critic = load_critic(cfg, scorers, policy, tokenizer, **options)
-    adapters.add(policy, cfg.lora_rank, cfg.policy)  # the others have the policy without them
-    longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
-    for model in (policy, *(scorer.model for scorer in scorers if scorer.reads_tokens)):
-        common.check_context(model, longest)
-    others = cli.pick_device(cfg.reward_device or cfg.device, "--reward-device")
-    dtype = "bf16" if cfg.dtype == "auto" and device.type == "cuda" else cfg.dtype  # of all alike
-    for model in (policy, ref_policy, critic, *(scorer.model for scorer in scorers)):
+    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # the others have it without adapters
+    common.check_context(policy, longest)
+    for model in (policy, critic):
+        common.to_device(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
+    frozen_device = harness.pick_device(cfg.reward_device or cfg.device, "--reward-device")
+    dtype = "bf16" if cfg.dtype == "auto" and device.type == "cuda" else cfg.dtype  # as the policy
+    for model in (ref_policy, *(scorer.model for scorer in scorers)):
         if model is not None:  # functions have none
-            its_device = device if model in (policy, critic) else others
-            common.place(model, its_device, dtype, cfg.gradient_checkpointing, cfg.compile)
-            sharding.divide(model, cfg)  # before the next is moved to the device
+            common.to_device(model, frozen_device, dtype, compile=cfg.compile)
+    for scorer in scorers:
+        if scorer.reads_tokens:
+            common.check_context(scorer.model, longest)
     return policy, ref_policy, critic, scorers
 
 
 def load_critic(cfg, scorers, policy, tokenizer, **options):
-    """The critic: a copy of the first reward model that reads the policy's tokens; if there is
-    none, of the policy with a head in place of its logits.
+    """Returns the critic: a copy of the first reward model that reads the policy's tokens, or, if
+    there is none, a copy of the policy with a head in place of its logits.
 
-    A reward model has learned what scores depend on, which is most of what a critic must know.
-    --critic shared is only a linear head: it saves a model and its optimizer, but its loss,
-    weighted by c1, trains the policy's trunk too, and the two may pull apart. New heads start at 0.
+    A reward model knows what scores depend on, which is most of what a critic has to learn. With
+    --critic shared the critic is only a linear head on the policy. That saves a model and its
+    optimizer state, but the value loss, weighted by c1, then trains the policy's trunk as well, and
+    the two may pull it apart. New heads start at 0.
     """
     if cfg.critic == "shared":
-        common.check_hidden_states(policy)
         critic = ValueHead(policy.get_output_embeddings().in_features, 1)
         torch.nn.init.zeros_(critic.weight)
         torch.nn.init.zeros_(critic.bias)
         return critic
     for scorer in scorers:
         if scorer.reads_tokens:
-            critic = adapters.twin(scorer.model, cfg.lora_rank).requires_grad_(True)
-            return adapters.add(critic, cfg.lora_rank, scorer.spec)
+            critic = common.shared_copy(scorer.model, cfg.lora_rank).requires_grad_(True)
+            common.add_adapters(critic, cfg.lora_rank, scorer.spec)
+            return critic
     critic, _ = common.load_scalar_model(cfg.policy, tokenizer, **options)
     torch.nn.init.zeros_(critic.score.weight)
-    adapters.share(critic, policy, cfg.lora_rank)
-    return adapters.add(critic, cfg.lora_rank, cfg.policy)
+    if cfg.lora_rank is not None:
+        common.share_trunk(critic, policy)
+    common.add_adapters(critic, cfg.lora_rank, cfg.policy)
+    print("  the critic starts from the policy, with a head of zeros")
+    return critic
 
 
 def make_optimizer(cfg, policy, critic):
-    """(Adam over policy and critic, each with its own rate; a schedule that takes both to 0)."""
-    sized = policy if isinstance(critic, ValueHead) else critic  # a head: by its trunk
-    groups = [{"params": cli.trainable(policy), "lr": cli.by_size(cfg.lr, LR_BY_SIZE, policy)}]
-    if critic is not None:
-        critic_lr = cli.by_size(cfg.critic_lr, LR_BY_SIZE, sized)
-        groups += [{"params": cli.trainable(critic), "lr": critic_lr}]
-    # eps: OpenAI's choice, see Huang et al. 2024. fused: one pass over the weights, not a dozen.
+    """Returns Adam over policy and critic, each with its own rate, and a schedule to 0."""
+    sized = policy if isinstance(critic, ValueHead) else critic  # a value head: by its trunk
+    lr = harness.lr_by_size(cfg.lr, LR_BY_SIZE, policy)
+    critic_lr = harness.lr_by_size(cfg.critic_lr, LR_BY_SIZE, sized)
+    groups = [
+        {"params": harness.trainable(policy), "lr": lr},
+        {"params": harness.trainable(critic), "lr": critic_lr},
+    ]
+    # eps 1e-5 is OpenAI's (Huang et al. 2024). fused is one pass over the weights instead of twelve.
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
     return optimizer, schedule
 
 
-# === Main loop: sections 1 to 6 in order, then beta ===============================================
+# === Main loop: sections 1 to 6 in order ==========================================================
 def main(cfg):
-    check_config(cfg)
-    cfg = with_embedded_defaults(cfg)
-    run = Run(cfg, MAY_CHANGE, cfg.iterations)
-    tokenizer = common.load_tokenizer(run.source or cfg.policy, "python sft.py", **cfg.of_tokenizer)
+    cfg = check_config(cfg)
+    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)
+    tokenizer = common.load_tokenizer(
+        cfg.policy, "python sft.py", cfg.trust_remote_code, cfg.chat_template_kwargs
+    )
     rows, eval_rows = load_prompts(cfg, tokenizer)
-    all_rows = rows + eval_rows
-    models = policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, all_rows, run.device)
-    trained = {"policy": policy} if critic is None else {"policy": policy, "critic": critic}
-    optimizer, schedule = make_optimizer(cfg, policy, critic)
+    longest = max(len(row.prompt_ids) for row in rows + eval_rows) + cfg.response_length
+    policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, longest, run.device)
     judge = FunctionScorer(cfg.judge) if cfg.judge else None
-    report.ppo_start(cfg, *models, schedule.base_lrs, tokenizer, rows, eval_rows)
-    rehearse(run, *models, optimizer, all_rows)
-    look = partial(evaluate, run, policy, ref_policy, tokenizer)
-    scales = measure_scales(scorers, run.kept, lambda one: look([one], None, all_rows[:256]))
-    # -- scales: for reward models from elsewhere; the start: as at the checkpoint, if there is one
-    run.restore(tokenizer, trained, optimizer, schedule, read_weights=True)
-    baseline = run.kept.get("baseline") or look(scorers, judge, eval_rows)
+    optimizer, schedule = make_optimizer(cfg, policy, critic)
+    # The loop draws from a generator of its own: what a reward function draws changes nothing.
+    generator = torch.Generator().set_state(torch.get_rng_state())
+    print_start(cfg, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows, eval_rows)
+    dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
+    scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
+    baseline = run.kept.get("baseline") or evaluate(
+        cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows
+    )
+    samples = run.kept.get("samples", baseline)
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)
-    run.start()
-    metrics.log_evaluation(run, baseline, baseline)
-    credit, loss_of_values = ESTIMATORS[cfg.advantage]
-    batches = endless_batches(rows, cfg.batch_size, random.Random(cfg.seed))
+    kl_horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
+    run.restore(tokenizer, {"policy": policy, "critic": critic}, optimizer, schedule)
+    if run.done:
+        generator.set_state(run.kept["generator"])
+    else:
+        log_evaluation(run, samples, baseline)
+    num_prompts = cfg.batch_size // cfg.samples_per_prompt
+    batches = endless_batches(rows, num_prompts, cfg.samples_per_prompt, random.Random(cfg.seed))
     for iteration, prompt_rows in run.steps(batches, cfg.iterations):
-        # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); ended
-        run.phase("rollout")
-        rollout = sample_responses(policy, prompt_rows, cfg.response_length, cfg.temperature)
-        tokens, attention_mask, response_mask, ended, sampled_logprobs = rollout
-        responses = decode_responses(tokens, attention_mask, response_mask, ended, tokenizer)
-
-        # 2. SCORE       tokens, texts -> score_parts (S, B); final_scores (B,), less if it was cut
-        run.phase("score")
-        score_parts = score_responses(scorers, tokens, attention_mask, prompt_rows, responses)
-        final_scores = score_parts.sum(0) - cfg.missing_eos_penalty * (~ended).float()
-
-        # 3. EVALUATE    tokens -> logprobs, ref_logprobs, values, entropy (B, R)
-        run.phase("log-probabilities")
-        inputs = tokens, attention_mask, response_mask.shape[1], cfg.temperature
-        logprobs, ref_logprobs, values, entropy = evaluate_tokens(
-            policy, critic, ref_policy, *inputs, cfg.microbatch_size
+        # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); texts
+        run.phase("rollout")  # the decoding loop is common.generate_responses
+        rollout = sample_responses(
+            policy, tokenizer, prompt_rows, cfg.response_length, cfg.temperature, generator
         )
-        metrics.check_sampler(run, policy, sampled_logprobs, logprobs, response_mask)
+        response_mask = rollout.response_mask
+
+        # 2. SCORE       tokens or texts -> score_parts (S, B); final_scores (B,)
+        run.phase("score")
+        score_parts = score_responses(scorers, rollout, prompt_rows)
+        final_scores = score_parts.sum(0) - cfg.missing_eos_penalty * (~rollout.finished).float()
+        true_rewards = score_responses([judge], rollout, prompt_rows) if judge else None
+
+        # 3. EVALUATE    tokens -> logprobs, ref_logprobs, values, old_entropies (B, R)
+        run.phase("log-probabilities")
+        logprobs, ref_logprobs, values, old_entropies = evaluate_tokens(
+            policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size
+        )
+        sampler_gap = check_sampler(run, policy, rollout, logprobs)
 
         # 4. REWARDS     final_scores, logprobs -> token_kl, rewards (B, R)                 eq. 1
-        token_kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # < 0 for some tokens
+        token_kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # KL(pi || pi_ref)
+        kl = token_kl.sum(1).mean().item()  # nats per response
         rewards = kl_shaped_rewards(final_scores, token_kl, response_mask, kl_coef)
 
-        # 5. ADVANTAGES  rewards, values -> advantages, returns, value_mask (B, R)          eqs. 2-3
-        advantages, returns, value_mask = credit(rewards, values, response_mask, cfg.gamma, cfg.lam)
-
-        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient    eqs. 4-7
+        # 5. ADVANTAGES  rewards, values -> advantages, returns (B, R)                      eqs. 2-3
+        if cfg.advantage == "gae":
+            advantages, returns = gae(rewards, values, response_mask, cfg.gamma, cfg.lam)
+            value_mask = response_mask
+        else:
+            advantages, returns = bandit(rewards, values, response_mask)
+            value_mask = torch.zeros_like(response_mask)
+            value_mask[:, 0] = True  # only V(x) is used, so only V(x) is trained
         batch = Batch(
-            tokens=tokens, attention_mask=attention_mask, response_mask=response_mask,
-            value_mask=value_mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
+            tokens=rollout.tokens, attention_mask=rollout.attention_mask,
+            response_mask=response_mask, value_mask=value_mask,
+            logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
             advantages=whiten(advantages, response_mask), returns=returns,
         )
-        steps = []  # of each optimizer step its statistics, {metric: number}
-        for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs):
+
+        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient    eqs. 4-7
+        steps = []
+        for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs, generator):
             run.phase("backward")
             optimizer.zero_grad()
-            counts = response_mask[index].sum(), value_mask[index].sum().clamp(min=1)
-            steps.append(Counter())  # its update() adds
+            num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
+            step = {}  # {statistic: number}
             for micro in batch.micro_batches(index, cfg.microbatch_size):  # gradients add up
-                new_logprobs, new_values, new_entropy = forward_responses(
+                new_logprobs, new_values, new_entropies = forward_responses(
                     policy, critic, micro.tokens, micro.attention_mask,
                     micro.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
                 )  # (b, r) each
-                at, at_v = micro.counted()  # x[at]: only what counts, (N,)
-                policy_losses, ratio = policy_loss(
-                    new_logprobs[at], micro.logprobs[at], micro.advantages[at], cfg.clip_eps
+                at = micro.response_mask.nonzero(as_tuple=True)  # x[at]: the tokens that count, (N,)
+                at_value = micro.value_mask.nonzero(as_tuple=True)
+                log_ratio = new_logprobs[at] - micro.logprobs[at]
+                ratio = torch.exp(log_ratio)  # eq. 4
+                policy_losses = policy_loss(ratio, micro.advantages[at], cfg.clip_eps)
+                if cfg.advantage == "gae":
+                    value_losses = value_loss(
+                        new_values[at_value], micro.values[at_value], micro.returns[at_value],
+                        cfg.value_clip_eps,
+                    )
+                else:
+                    value_losses = bandit_value_loss(new_values[at_value], micro.returns[at_value])
+                entropies = new_entropies[at]
+                loss = (
+                    (policy_losses - cfg.entropy_coef * entropies).sum() / num_tokens
+                    + cfg.value_coef * value_losses.sum() / num_values
+                )  # eq. 7
+                loss.backward()
+                add_statistics(
+                    step,
+                    policy_loss=policy_losses.sum() / num_tokens,
+                    value_loss=value_losses.sum() / num_values,
+                    approx_kl=(ratio - 1 - log_ratio).sum() / num_tokens,
+                    clip_fraction=((ratio - 1).abs() > cfg.clip_eps).sum() / num_tokens,
+                    ratio=ratio.sum() / num_tokens,
                 )
-                value_losses = loss_of_values(
-                    new_values[at_v], micro.values[at_v], micro.returns[at_v], cfg.value_clip_eps
-                )
-                losses, entropies = (policy_losses, value_losses), new_entropy[at]
-                total_loss(*losses, entropies, *counts, cfg.value_coef, cfg.entropy_coef).backward()
-                steps[-1].update(update_statistics(*losses, ratio, *counts, cfg.clip_eps))
-            steps[-1] = processes.add_up(trained.values(), steps[-1])  # and all gradients
-            norms = [clip_grad_norm_(m.parameters(), cfg.max_grad_norm) for m in trained.values()]
-            steps[-1].update(dict(zip(trained, norms)))  # as they were before clipping
-            if cfg.max_approx_kl is not None and steps[-1]["approx_kl"] > cfg.max_approx_kl:
-                break  # far enough from pi_old: without this step, and without those left
-            if run.may_step(norms):  # finite: one bad batch is skipped, and is no reason to stop
+            step = harness.sum_over_processes([policy, critic], step)  # and gradients; alone: as is
+            step["grad_norm"] = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            step["critic_grad_norm"] = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
+            steps.append(step)
+            if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
+                break  # far enough from pi_old: neither this step nor the remaining ones
+            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # finite
                 optimizer.step()
-        optimizer.zero_grad()  # the rollout can use the gradients' memory
+        optimizer.zero_grad()  # frees memory for the rollout
 
-        # 7. ADAPT       the KL as measured -> beta of the next iteration; its learning rates  eq. 8
-        truths = judge(tokens, attention_mask, prompt_rows, responses) if judge else None
-        row = metrics.ppo_metrics(run, batch, score_parts, truths, ended, entropy, steps, kl_coef)
-        kl_coef = adapt_kl_coef(kl_coef, row["kl"], cfg)
+        # 7. LOG, ADAPT  metrics; beta and learning rates of the next iteration             eq. 8
+        row = {"iteration": iteration, "episodes": iteration * cfg.batch_size, "kl": kl}
+        row |= {"kl_coef": kl_coef, "kl_target": cfg.kl_target, "sampler_gap": sampler_gap}
+        row |= {"lr": schedule.get_last_lr()[0], "skipped_steps": run.num_skipped}
+        row |= rollout_metrics(batch, score_parts, true_rewards, rollout.finished, old_entropies)
+        row |= update_metrics(steps) | time_metrics(run, response_mask)
+        run.log(row, shown=("score", "true_reward", "kl", "response_length"))
+        warn_if_unhealthy(run)
+        if cfg.kl_target is not None:
+            step_size = cfg.batch_size / kl_horizon
+            kl_coef = adapt_kl_coef(kl_coef, kl, cfg.kl_target, step_size, cfg.kl_coef)
         schedule.step()
-        run.log(row, metrics.PPO_BAR, metrics.health_warnings)
         if cfg.explain and (iteration == 1 or run.is_due(cfg.eval_every)):
-            run.bar.write(metrics.explain_response(tokenizer, batch, rewards, advantages))
+            run.bar.write(explain_response(tokenizer, batch, rewards, advantages))
         if run.is_due(cfg.eval_every):
-            samples = look(scorers, judge, eval_rows)
-            metrics.log_evaluation(run, samples, baseline)
-        run.save_if_due(kl_coef=kl_coef, baseline=baseline, scales=scales)
+            samples = evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
+            log_evaluation(run, samples, baseline)
+        run.save_if_due(
+            kl_coef=kl_coef, baseline=baseline, samples=samples, scales=scales,
+            generator=generator.get_state(),
+        )
     run.finish()
-    report.ppo_result(cfg, baseline, samples)
+    print_result(cfg, baseline, samples)
 
 
-# === 8. Held-out evaluation, rehearsal (not part of the algorithm) ================================
+# === 8. Not the algorithm: held-out evaluation ====================================================
 @torch.no_grad()
-def evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows):
-    """One response to each prompt, from the same random numbers at every call.
+def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
+    """Samples one response to each prompt, with the same random numbers at every call.
 
     Returns:
-        A dict per row: "prompt", "response", "score", "true_reward" (None without a judge), "kl".
-        The score is that of the scorers, without --missing-eos-penalty.
+        A dict per row with "prompt", "response", "score" (without --missing-eos-penalty),
+        "true_reward" (None without a judge) and "kl".
     """
-    run.phase("evaluation")
-    cfg, samples, num_rows = run.cfg, [], len(rows)
-    rows = sharding.fill_up(rows, cfg)
-    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
-        torch.manual_seed(cfg.seed)
-        for start in range(0, len(rows), cfg.batch_size):
-            some = rows[start : start + cfg.batch_size]
-            tokens, attention_mask, response_mask, ended, _ = sample_responses(
-                policy, some, cfg.response_length, cfg.temperature
-            )
-            texts = decode_responses(tokens, attention_mask, response_mask, ended, tokenizer)
-            asked = tokens, attention_mask, some, texts
-            inputs = tokens, attention_mask, response_mask.shape[1], cfg.temperature
-            logprobs, ref_logprobs, _, _ = evaluate_tokens(
-                policy, None, ref_policy, *inputs, cfg.microbatch_size
-            )
-            columns = {
-                "prompt": [row["prompt"] for row in some], "response": texts,
-                "score": score_responses(scorers, *asked).sum(0).tolist(),
-                "true_reward": judge(*asked).tolist() if judge else [None] * len(some),
-                "kl": torch.where(response_mask, logprobs - ref_logprobs, 0.0).sum(1).tolist(),
-            }
-            samples += [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return samples[:num_rows]
+    samples = []
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for start in range(0, len(rows), cfg.batch_size):
+        some = rows[start : start + cfg.batch_size]
+        rollout = sample_responses(
+            policy, tokenizer, some, cfg.response_length, cfg.temperature, generator
+        )
+        scores = score_responses(scorers, rollout, some).sum(0).tolist()
+        truths = score_responses([judge], rollout, some)[0].tolist() if judge else [None] * len(some)
+        logprobs, ref_logprobs, _, _ = evaluate_tokens(
+            policy, None, ref_policy, rollout, cfg.temperature, cfg.microbatch_size
+        )
+        kls = torch.where(rollout.response_mask, logprobs - ref_logprobs, 0.0).sum(1).tolist()
+        for row, text, score, truth, kl in zip(some, rollout.texts, scores, truths, kls):
+            sample = {"prompt": row["prompt"], "response": text, "score": score}
+            samples.append(sample | {"true_reward": truth, "kl": kl})
+    return samples
 
 
-def rehearse(run, policy, ref_policy, critic, scorers, optimizer, rows):
-    """On CUDA, the largest batch once before all else, so that memory fails in the first minute.
+def measure_scales(run, policy, ref_policy, tokenizer, scorers, rows):
+    """Normalizes scorers that have no scale, by their scores of the SFT policy's responses.
 
-    With all that Adam will keep, the longest prompt with responses of full length is sampled,
-    scored and taken through a backward pass. Nothing is learned, and no random number used up.
+    Returns {reward: (mean, std)}, which checkpoints keep: a resumed run must use the same.
     """
+    scales = run.kept.get("scales", {})
+    for scorer in scorers:
+        if scorer.needs_scale:
+            if scorer.spec not in scales:
+                some = rows[:256]
+                samples = evaluate(run.cfg, policy, ref_policy, tokenizer, [scorer], None, some)
+                scales[scorer.spec] = mean_and_std(scorer, [each["score"] for each in samples])
+            config = scorer.model.config
+            config.reward_mean, config.reward_std = scales[scorer.spec]
+    return scales
+
+
+def log_evaluation(run, samples, baseline):
+    """Writes the `eval` row, and 16 samples beside the SFT policy's."""
+    run.log({"split": "eval", "iteration": run.step} | summarize(samples, baseline))
+    for sample, old in list(zip(samples, baseline))[:16]:
+        extra = {"sft_response": old["response"]}
+        run.append("samples.jsonl", {"iteration": run.step} | sample | extra)
+
+
+def summarize(samples, baseline):
+    """Returns means over samples, and the share of prompts where they win against the SFT policy's,
+    ties counting half: by the true reward if there is a judge, else by the score.
+    """
+    has_judge = samples[0]["true_reward"] is not None
+    key = "true_reward" if has_judge else "score"
+    wins = 0.0
+    for sample, old in zip(samples, baseline):
+        wins += (sample[key] > old[key]) + 0.5 * (sample[key] == old[key])
+    means = {}
+    for name in ("score", "true_reward", "kl"):
+        is_known = has_judge or name != "true_reward"
+        total = sum(sample[name] for sample in samples) if is_known else None
+        means[name] = total / len(samples) if is_known else None
+    return means | {"win_rate": wins / len(samples)}
+
+
+def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows):
+    """On CUDA, takes the largest batch through all phases, so that memory fails in the first minute.
+
+    The longest prompt with responses of full length is sampled, scored and taken through a backward
+    pass, beside all that Adam will keep. Nothing is learned, and no random number is used up.
+    """
+    cfg, settings = run.cfg, policy.generation_config
     if run.device.type != "cuda":
         return
     run.phase("optimizer step")
-    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
-        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
     optimizer.step()  # with gradients of 0 it moves nothing
     optimizer.zero_grad()
-    run.phase("rollout")
-    cfg, settings = run.cfg, policy.generation_config
+    run.phase("evaluation")
     longest = max(rows, key=lambda row: len(row.prompt_ids))
-    sizes, eos_ids = (cfg.response_length, cfg.temperature), settings.eos_token_id
-    settings.eos_token_id = []  # nothing ends
-    with torch.random.fork_rng(devices=[run.device]):
-        tokens, mask, *_ = sample_responses(policy, [longest] * cfg.batch_size, *sizes)
+    eos_ids, settings.eos_token_id = settings.eos_token_id, []  # no response ends
+    rollout = sample_responses(
+        policy, tokenizer, [longest] * cfg.batch_size, cfg.response_length, cfg.temperature,
+        torch.Generator(),
+    )
     settings.eos_token_id = eos_ids
-    mask[0, 0] = len(longest.prompt_ids) == 1  # attention needs a mask in most micro-batches
-    run.phase("score")
-    for scorer in (scorer for scorer in scorers if scorer.reads_tokens):
-        scorer(tokens, mask, None, None)
-    run.phase("log-probabilities")
-    evaluate_tokens(policy, critic, ref_policy, tokens, mask, *sizes, cfg.microbatch_size)
+    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # most micro-batches need a mask
+    for scorer in scorers:
+        if scorer.reads_tokens:
+            scorer(rollout.tokens, rollout.attention_mask, None, None)
+    evaluate_tokens(policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size)
     run.phase("backward")
     part = slice(min(cfg.microbatch_size, cfg.minibatch_size))
-    inputs = tokens[part], mask[part], *sizes
-    for _ in range(1 + (cfg.minibatch_size > cfg.microbatch_size)):  # the second beside gradients
-        outputs = forward_responses(policy, critic, *inputs, with_entropy=cfg.entropy_coef > 0)
-        sum(output.sum() for output in outputs).backward()
+    for _ in range(2):  # the second time beside the gradients of the first
+        logprobs, values, entropies = forward_responses(
+            policy, critic, rollout.tokens[part], rollout.attention_mask[part],
+            rollout.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
+        )
+        (logprobs.sum() + values.sum() + entropies.sum()).backward()
     optimizer.zero_grad()
     optimizer.state.clear()
-    report.measured_peak(run.device)
+    print(f"  dry run of the longest batch: {harness.peak_memory(run.device) / 1e9:.2f} GB")
+    torch.cuda.reset_peak_memory_stats(run.device)
+
+
+# === Not the algorithm: metrics. The comments say what is healthy =================================
+def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
+    """Returns the metrics of a rollout."""
+    mask, scores = batch.response_mask, score_parts.sum(0)
+    token_kl = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)  # (B, R)
+    returns = batch.returns[batch.value_mask]
+    errors = returns - batch.values[batch.value_mask]
+    unexplained = errors.var(correction=0) / returns.var(correction=0)
+    return {
+        "score": scores.mean().item(),  # before the EOS penalty; rises
+        "score_parts": score_parts.mean(1).tolist(),  # of each --reward, in their order
+        "score_std": scores.std(correction=0).item(),  # shrinks; near 0 nothing is left to learn
+        "true_reward": None if true_rewards is None else true_rewards.mean().item(),
+        "kl_k3": (torch.exp(-token_kl) - 1 + token_kl).sum(1).mean().item(),  # as kl, but never < 0
+        "entropy": entropies[mask].mean().item(),  # nats per token; near 0: one answer to all
+        "response_length": mask.sum(1).float().mean().item(),  # tokens; no sudden trend
+        "eos_rate": finished.float().mean().item(),  # near 1
+        "explained_variance": 1 - unexplained.item(),  # of the returns by V; below 0 at first
+    }
+
+
+def update_metrics(steps):
+    """Returns the means over optimizer steps of all statistics that the loop recorded, and two of
+    the first step, before any update, where the policy must still be pi_old.
+
+    approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
+    2020, "Approximating KL divergence"). It is about one update, `kl` about the whole run. Healthy:
+    policy_loss slightly below 0, value_loss falling, approx_kl 0.001 to 0.05, clip_fraction (of all
+    ratios outside 1 +- eps) 0.01 to 0.2, norms (before clipping) steady.
+    """
+    means = {}
+    for name in steps[0]:
+        means[name] = sum(float(step[name]) for step in steps) / len(steps)
+    del means["ratio"]
+    return means | {
+        "ratio_first": float(steps[0]["ratio"]),  # 1 up to rounding
+        "approx_kl_first": float(steps[0]["approx_kl"]),  # 0 up to rounding; a mean hides noise
+        "optimizer_steps": len(steps),  # skipped ones too; with --max-approx-kl, one not taken
+    }
+
+
+def time_metrics(run, response_mask):
+    """Returns seconds per phase, response tokens per second, and memory in GB (10^9 bytes)."""
+    seconds, peak = run.phase("evaluation"), harness.peak_memory(run.device)
+    return {
+        "seconds_rollout": seconds["rollout"],
+        "seconds_score": seconds["score"] + seconds["log-probabilities"],
+        "seconds_update": seconds["backward"] + seconds["optimizer step"],
+        "tokens_per_second": response_mask.sum().item() / sum(seconds.values()),
+        "peak_memory_gb": peak and peak / 1e9,  # CUDA: of tensors; else of the process
+    }
+
+
+# Mean |log pi as sampled - log pi recomputed|, in nats per token: ten times what
+# tests/test_families.py finds in the worst of its families, for float32 and for bf16. Above
+# MAX_GAP nothing may be learned.
+SAMPLER_GAP, SAMPLER_GAP_BF16, MAX_GAP = 2.1e-5, 0.28, 0.5
+
+
+def check_sampler(run, policy, rollout, logprobs):
+    """Returns sampler_gap: 0 up to rounding if the sampled and the learned distribution agree."""
+    gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
+    what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
+    if run.step == run.done + 1 and not gap <= MAX_GAP:
+        raise UserError(f"{what}: a {type(policy).__name__} can't be sampled with a cache here")
+    if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
+        causes = "a cache that rounds, experts that flip: is it gone with --dtype float32?"
+        run.warn("sampler", f"{what}. Usual causes: {causes}")
+    return gap
+
+
+def warn_if_unhealthy(run):
+    """Warns, once per symptom, of what looks wrong in the last row of metrics."""
+    row, last_ten = run.history[-1], run.history[-10:]
+    ten = len(last_ten) == 10
+    unexplained = ten and all((old["explained_variance"] or 0) < -0.05 for old in last_ten)
+    target = row["kl_target"] or math.inf
+    missed = ten and all(old["kl"] > 1.5 * target for old in last_ten)
+    first_kl = row["approx_kl_first"]
+    rules = (  # is it seen, name, symptom, usual causes
+        (not first_kl <= 1e-3 or abs(row["ratio_first"] - 1) > 1e-2, "ratio",
+         f"the first ratios are not 1 (approx_kl {first_kl:.2g})",
+         "dropout on; rounding: is it gone with --dtype float32?"),
+        (row["eos_rate"] < 0.5, "eos", f"only {row['eos_rate']:.0%} of the responses finish",
+         "--response-length too short; SFT on texts without EOS; another EOS id"),
+        (row["response_length"] < 5, "length", f"{row['response_length']:.1f} tokens per response",
+         "a reward that favors short texts; prompts that end in EOS; --kl-coef too small"),
+        (row["score_std"] < 0.01, "score", f"standard deviation of the score {row['score_std']:.2g}",
+         "one answer to every prompt; a constant reward; an untrained reward head"),
+        (row["kl"] > 50, "far", f"KL {row['kl']:.0f} nats per response",
+         "--kl-coef too small; --lr too high; if the score still rises, reward hacking"),
+        (row["approx_kl"] > 0.2, "overshoot", f"approx_kl {row['approx_kl']:.2g}, far too much",
+         "--lr too high, 0.3 of it may do; too many --ppo-epochs; see --max-approx-kl"),
+        (missed, "target", f"KL {row['kl']:.1f}, far above --kl-target for 10 iterations",
+         "--lr too high; --kl-coef too small to start from; --kl-horizon too long"),
+        (row["kl"] < -0.1 - 0.2 * row["kl_k3"], "negative", f"KL {row['kl']:.2f}, negative",
+         "text from another distribution than the one scored: a sampling setting, a second EOS"),
+        (unexplained, "critic", "explained variance below 0 for 10 iterations",
+         "--critic-lr too high or too low; a reward that is noise given the prompt"),
+        (row["skipped_steps"] > 0, "gradient", "a gradient was not finite, its step was skipped",
+         "--lr too high; rewards of enormous size"),
+    )
+    for is_seen, name, symptom, causes in rules:
+        if is_seen:
+            run.warn(name, f"{symptom}. Usual causes: {causes}")
+
+
+# === Not the algorithm: what is printed ===========================================================
+def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows, eval_rows):
+    """Prints the models, the arithmetic of the batches, the learning rates and a prompt's tokens."""
+    harness.describe("policy", policy)
+    harness.describe("ref policy", ref_policy)
+    harness.describe("critic", critic)
+    for scorer in scorers:
+        if scorer.model is None:
+            print(f"  {'reward':<14}{scorer.spec}")
+        else:
+            harness.describe("reward", scorer.model)
+    models = [policy, critic, ref_policy, *(scorer.model for scorer in scorers)]
+    weights = {weight for model in models if model is not None for weight in model.parameters()}
+    memory = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights)
+    num_steps = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
+    rates = [group["lr"] for group in optimizer.param_groups]
+    print(
+        f"  weights, gradients and Adam's moments take {memory / 1e9:.3g} GB\n"
+        f"  {cfg.iterations} iterations x {cfg.batch_size} responses = "
+        f"{cfg.iterations * cfg.batch_size} episodes, from {len(rows)} prompts; "
+        f"{len(eval_rows)} held out\n  judge: {cfg.judge or 'none'}\n"
+        f"  {cfg.ppo_epochs} epochs x {cfg.batch_size // cfg.minibatch_size} minibatches of "
+        f"{cfg.minibatch_size} = {num_steps} optimizer steps per iteration,\n"
+        f"    each in micro-batches of up to {cfg.microbatch_size}\n"
+        f"  lr {rates[0]:g}, critic lr {rates[1]:g} (by model size, unless given)"
+    )
+    harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
+
+
+def explain_response(tokenizer, batch, rewards, advantages, row=0):
+    """Returns one response as a table: the score is at the last token, advantages carry it back."""
+    columns = {
+        "log pi": batch.logprobs, "log pi_0": batch.ref_logprobs,
+        "KL": batch.logprobs - batch.ref_logprobs, "V": batch.values, "reward": rewards,
+        "advant.": advantages, "return": batch.returns,
+    }
+    lines = [f"\n{'t':>3} {'token':<14}" + "".join(f"{name:>9}" for name in columns)]
+    response = batch.tokens[row, -batch.response_mask.shape[1] :].tolist()
+    for t in range(int(batch.response_mask[row].sum())):
+        token = repr(harness.token_text(tokenizer, response[t])[:13])
+        numbers = "".join(f"{column[row, t].item():>9.3f}" for column in columns.values())
+        lines.append(f"{t:>3} {token:<14}{numbers}")
+    return "\n".join([*lines, "    (advantages before whitening)"])
+
+
+def print_result(cfg, baseline, samples):
+    """Prints the results, samples side by side, and how to load the policy."""
+    before, after = summarize(baseline, baseline), summarize(samples, baseline)
+    print(f"\n{'held-out prompts':<18}{'SFT':>9}{'PPO':>9}")
+    for key in before:
+        if before[key] is not None:
+            print(f"{key:<18}{before[key]:>9.3f}{after[key]:>9.3f}")
+    for old, new in list(zip(baseline, samples))[:3]:
+        prompt = new["prompt"]
+        print(f"\n  {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
+        for name, sample in (("SFT", old), ("PPO", new)):
+            truth = sample["true_reward"]
+            truth = "" if truth is None else f", true {truth:.2f}"
+            text = f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}"
+            print(harness.wrapped(text))
+    prompt = samples[0]["prompt"]
+    is_chat = not isinstance(prompt, str)
+    prompt = [prompt[-1]] if is_chat else prompt[:66]
+    print(f"\nthe curves: python plot.py {cfg.output}")
+    if is_chat:
+        print(f"to talk: transformers serve {cfg.output}, then transformers chat {cfg.output}")
+    print(f'''
+wrote {cfg.output}, an ordinary Hugging Face folder; to load and try it:
+    from transformers import pipeline
+    generate = pipeline("text-generation", "{cfg.output}")
+    print(generate({json.dumps(prompt, ensure_ascii=False)}, max_new_tokens=64))''')
 
 
 if __name__ == "__main__":
-    with cli.command_line():
-        main(cli.parse_args(Config, __doc__.splitlines()[0]))
+    harness.run_stage(main, Config, __doc__.splitlines()[0])

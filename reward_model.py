@@ -1,41 +1,43 @@
 """Stage 2 of RLHF, the reward model: a number per text, fitted to what humans preferred.
 
-Goal      maximise the likelihood of the preferences under the model of Bradley and Terry
+Goal      maximize the likelihood of the preferences under the model of Bradley and Terry
 
 (1) model P(chosen is preferred) = sigma(s_chosen - s_rejected)
 (2) loss  L = - mean over the batch's pairs of  log sigma(s_chosen - s_rejected)
-(3) scale s <- (s - mean) / deviation, both over the training pairs' responses
+(3) scale s <- (s - mean) / std, both over the training pairs' responses
 
-          Only differences enter (1), so the pairs do not say where zero is, and only the noise in
-          the labels says what one unit is. (3) puts zero at the average response and makes the
-          deviation the unit; without it a KL coefficient or an EOS penalty would mean something
-          else for each reward model. PPO reads mean and deviation from this model's config.
+          Only differences enter (1), so the pairs do not determine where zero is, and the noise in
+          the labels alone determines what one unit is. (3) puts zero at the average response and
+          makes the standard deviation the unit. Otherwise a KL coefficient or an EOS penalty would
+          mean something else for each reward model. PPO reads mean and std from the model's config.
 
 Shapes    B pairs; 2B texts of T tokens (padded on the right), the chosen ones first.
 Score     A linear head reads the last attended token, normally the EOS: only there has a causal
           model seen the whole text. The attention mask finds it, not "the last that is not pad".
-Head      New heads have deviation 1/sqrt(d + 1) and bias 0 (Stiennon et al. 2020).
-Epochs    One. Preference labels are noisy, and a second pass mostly memorises the noise.
+Head      New heads have standard deviation 1/sqrt(d + 1) and bias 0 (Stiennon et al. 2020).
+Epochs    One. Preference labels are noisy, and a second pass mostly memorizes the noise.
 
-Differs   (3) uses all responses of the training pairs, and scales too; the sources below centre the
-          scores of demonstrations or reference summaries.
-          The model is saved with its head, loaded again and held to the scores from before.
+Differs   (3) uses all responses of the training pairs, and scales, too; the sources below center
+          the scores of demonstrations or reference summaries. The saved model is loaded again and
+          must give the same scores.
 
 Sources   Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ Implementation
-          Details of RLHF with PPO". The last one's settings for TL;DR summaries with 1 B parameters
-          are a start for a model of that size: --lr 3e-6 --epochs 1 --batch-size 64, cosine decay;
-          held-out accuracies there are 0.628 at 1 B, 0.669 at 2.8 B and 0.689 at 6.9 B parameters.
+          Details of RLHF with PPO". Its settings for TL;DR summaries with 1 B parameters are a
+          start for models of that size: --lr 3e-6 --epochs 1 --batch-size 64, cosine decay; its
+          held-out accuracies are 0.628 at 1 B, 0.669 at 2.8 B and 0.689 at 6.9 B parameters.
 
 Run       python reward_model.py                                       from ckpt/sft, on data/
           python reward_model.py --model ckpt/sft --data mine.jsonl    your own pairs
 Data      {"prompt": ..., "chosen": ..., "rejected": ...}, strings or message lists, one row a line;
-          without a prompt the others are whole dialogues, and what both begin with is the prompt
+          without a prompt the others are whole dialogues, and their common beginning is the prompt
 Writes    ckpt/reward_model: a Hugging Face folder (sequence classification, one label) with
-          reward_mean and reward_std in its config, args.json and metrics.jsonl; until the run is
-          finished also trainer_state/ (for --resume); with --lora-rank adapter/ too
+          reward_mean and reward_std in its config, args.json and metrics.jsonl
 """
 
-import plumbing  # first: Ctrl-C while torch loads is no traceback
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while torch loads
 
 import math
 import os
@@ -47,33 +49,31 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import common
+import harness
 from common import UserError
-from plumbing import adapters, cli, processes, report
-from plumbing.cli import DATA, RunConfig, arg
-from plumbing.folders import checkpoints
-from plumbing.rows import convert, preference, read_and_hold_out, too_long
-from plumbing.runs import Run, adamw_with_cosine
+from harness import DATA, Count, Positive, Share, arg
 
 
 # === 0. Configuration =============================================================================
 # An optimizer step takes --batch-size pairs; --microbatch-size of them are in memory at a time.
 @dataclass(frozen=True)
-class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.py
-    output: str = arg("ckpt/reward_model", "folder for the model and the logs", heading="run")
+class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
+    output: str = arg("ckpt/reward_model", "folder for the model and the logs")
+    save_every: Count = arg(500, "optimizer steps between checkpoints")
 
-    model: str = arg("ckpt/sft", "causal LM, or a reward model to train on", heading="data")
-    data: list[str] = arg([str(DATA / "preferences.jsonl")], "JSONL; see the README")
-    eval_data: list[str] | None = arg(None, "held-out pairs; else a tenth of --data, at most 512")
-    max_prompt_length: int = arg(512, "in tokens; pairs above are dropped and counted", 1)
-    response_length: int = arg(512, "in tokens, EOS included; pairs above are dropped too", 1)
+    model: str = arg("ckpt/sft", "causal LM, or a reward model to train further")
+    data: list[str] | None = arg(None, "JSONL files of pairs (default: the embedded preferences)")
+    eval_data: list[str] | None = arg(None, "held-out pairs (default: up to 512 of --data, a tenth)")
+    max_prompt_length: Count = arg(512, "tokens; pairs with longer prompts are dropped and counted")
+    response_length: Count = arg(512, "tokens with EOS; pairs with longer ones are dropped, too")
 
-    epochs: int = arg(1, "passes over the pairs; 1", 1, heading="optimisation")
-    batch_size: int = arg(32, "pairs per optimizer step", 1)
-    microbatch_size: int = arg(32, "pairs per forward pass; memory only, same gradient", 1)
-    lr: float | None = arg(None, "peak learning rate; else by size, see LR_BY_SIZE", 0, 1)
-    warmup: float = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0", 0, 1)
-    weight_decay: float = arg(0.0, "of AdamW; 0 to 0.1", 0, 1)
-    max_grad_norm: float = arg(1.0, "clip the gradient to this norm", 1e-9)
+    epochs: Count = arg(1, "passes over the pairs; 1")
+    batch_size: Count = arg(32, "pairs per optimizer step")
+    microbatch_size: Count = arg(32, "pairs in memory at a time; changes no gradient")
+    lr: Share | None = arg(None, "peak learning rate (default: by model size)")
+    warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
+    weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
+    max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
 
 
 # Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
@@ -83,20 +83,87 @@ FORMATS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]  # the keys
 
 # === 1. Model: a causal LM's trunk and one number =================================================
 def init_head(model):
-    """Start the head at deviation 1/sqrt(d + 1): scores of order 1 from features of order 1."""
+    """Starts the head at std 1/sqrt(d + 1): scores of order 1 from features of order 1."""
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if model.score.bias is not None:
         torch.nn.init.zeros_(model.score.bias)
 
 
 # === 2. Data: rows to ids =========================================================================
+# FORK: other preferences become a prompt, a chosen and a rejected response here.
+def preference(row):
+    """Returns the (prompt, chosen, rejected) of a data row, as `common.encode` takes them.
+
+    Without a "prompt", or where chosen and rejected are chats, these may be whole dialogues. Then
+    their common beginning is the prompt.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("has a string as one response and messages as the other")
+    if isinstance(chosen, str):
+        return (prompt, chosen, rejected) if "prompt" in row else split_texts(chosen, rejected)
+    if isinstance(prompt, list):
+        have_prompt = [chat[: len(prompt)] == prompt for chat in (chosen, rejected)]
+        if not any(have_prompt):
+            chosen, rejected = prompt + chosen, prompt + rejected
+        elif not all(have_prompt):
+            raise ValueError("has the prompt within one of the two responses and not the other")
+    common_chat, chosen, rejected = split_chats(chosen, rejected)
+    contents = [message["content"] for message in common_chat]
+    if isinstance(prompt, str) and prompt not in contents:
+        raise ValueError("has a string as the prompt that is no message of the two chats")
+    return common_chat, chosen, rejected
+
+
+def split_texts(chosen, rejected):
+    """Returns (common prompt, rest of chosen, rest of rejected) of two whole dialogues as strings.
+
+    In the format of Anthropic's HH data the prompt ends with the last "Assistant:" of both. Without
+    one it ends before the first word that differs: cut within a word, or after the space, the rest
+    would have other tokens than in any other text.
+    """
+    opening, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
+    if marker in opening:
+        length = opening.rindex(marker) + len(marker)
+    else:
+        last_word = "" if opening[-1:].isspace() else (opening.split() or [""])[-1]
+        length = len(opening[: len(opening) - len(last_word)].rstrip())
+    return opening[:length], chosen[length:], rejected[length:]
+
+
+def split_chats(chosen, rejected):
+    """Returns (common messages, rest of chosen, rest of rejected); the assistant begins the rests."""
+    for rest in (chosen, rejected):
+        if rest[-1]["role"] != "assistant":
+            raise ValueError("has a chat that does not end with the assistant's message")
+    length = 0
+    for i, (one, other) in enumerate(zip(chosen, rejected)):
+        is_answer = i > 0 and chosen[i - 1]["role"] != "assistant"
+        if is_answer and one["role"] == other["role"] == "assistant":
+            length = i
+        if one != other:
+            break
+    if length == 0:
+        what = "has two chats without a common message that the assistant answers"
+        raise ValueError(f"{what}; put the prompt, as messages, into both or under 'prompt'")
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def prompt_of(row):
+    """Returns what rows must not share if one is trained on and the other held out."""
+    try:
+        return preference(row)[0]
+    except ValueError:  # `encode_row` refuses the row, with its place
+        return row.get("prompt")
+
+
 def encode_row(row, tokenizer, eos_ids, cfg):
-    """The (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
-    prompt, chosen, rejected = preference(row)  # strings or chats, from any accepted format
+    """Yields the (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
+    prompt, chosen, rejected = preference(row)
     tools = row.get("tools")
     prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids, tools)
     _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids, tools)
-    reason = too_long(cfg, prompt_ids, chosen_ids, rejected_ids)
+    reason = harness.too_long(cfg, prompt_ids, max(chosen_ids, rejected_ids, key=len))
     if chosen_ids == rejected_ids:
         reason = "chosen and rejected the same"  # its loss is log 2 and its gradient 0
     yield reason or (prompt_ids + chosen_ids, prompt_ids + rejected_ids)
@@ -104,7 +171,9 @@ def encode_row(row, tokenizer, eos_ids, cfg):
 
 # === 3. Scores and loss: eqs. 1-2 =================================================================
 def pair_scores(model, pairs, pad_id):
-    """Scores of the chosen and of the rejected texts, (B,) float32 each, from one forward pass."""
+    """Returns the scores of the chosen and of the rejected texts, (B,) float32 each, from one
+    forward pass.
+    """
     texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]  # 2B lists
     tokens, attention_mask = common.pad(texts, pad_id, "right")  # (2B, T)
     tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)
@@ -112,29 +181,29 @@ def pair_scores(model, pairs, pad_id):
 
 
 def preference_loss(chosen_scores, rejected_scores):
-    """Negative log-likelihood of each pair, (B,) in nats; log 2 where the scores are equal."""
+    """Returns the negative log-likelihood of each pair, (B,) in nats; log 2 for equal scores."""
     return -F.logsigmoid(chosen_scores - rejected_scores)  # eqs. 1-2
 
 
 # === 4. Held-out evaluation =======================================================================
 @torch.no_grad()
-def score_pairs(model, pairs, microbatch_size, pad_id, desc=None):
-    """Chosen and rejected scores of all pairs, (N,) float32 each, on the CPU, in their order."""
+def score_pairs(model, pairs, microbatch_size, pad_id, name):
+    """Returns the chosen and the rejected scores of all pairs, (N,) float32 each, on the CPU."""
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))  # little padding
-    order = common.share(order)  # under torchrun
+    order = common.share(order)  # under torchrun a part, else all
     scores = torch.zeros(2, len(pairs), device=model.device)
-    for start in tqdm(range(0, len(order), microbatch_size), desc=desc, leave=False):
+    for start in tqdm(range(0, len(order), microbatch_size), desc=name, leave=False):
         rows = order[start : start + microbatch_size]
-        micro = [pairs[i] for i in rows]
-        scores[:, rows] = torch.stack(pair_scores(model, micro, pad_id))
-    return common.total(scores).cpu().unbind()
+        chosen, rejected = pair_scores(model, [pairs[i] for i in rows], pad_id)
+        scores[:, rows] = torch.stack([chosen, rejected])
+    chosen, rejected = common.total(scores).cpu()
+    return chosen, rejected
 
 
 def accuracy(better, worse):
-    """(share of pairs with better > worse, ties counting half; twice its standard error).
-
-    The error is that of Agresti and Coull 1998, two more wins and losses: of few pairs, all won, it
-    is not 0.
+    """Returns the share of pairs with better > worse, ties counting half, and twice its standard
+    error, by Agresti and Coull 1998: with two more wins and losses, it is not 0 for a few pairs
+    that were all won.
     """
     share = ((better > worse).float() + 0.5 * (better == worse).float()).mean().item()
     number = len(better) + 4
@@ -143,137 +212,156 @@ def accuracy(better, worse):
 
 
 def calibration(differences, num_bins=4):
-    """Is the model as sure as it is right? A row per quantile of |s_chosen - s_rejected|.
+    """Returns whether the model is as sure as it is right: a row per quantile of |s_c - s_r|.
 
     Each row is (mean |difference|, promised accuracy, accuracy). Promised is the mean of
-    sigma(|difference|): by eq. 1, the chance that the text with the higher score is preferred.
+    sigma(|difference|): by eq. 1, the probability that the text with the higher score is preferred.
     """
     rows = []
     for group in differences[differences.abs().argsort()].tensor_split(num_bins):
         if len(group):
-            size = group.abs()  # how sure it is
+            size = group.abs()
             right, _ = accuracy(group, torch.zeros_like(group))  # chosen above rejected
             rows.append((size.mean().item(), size.sigmoid().mean().item(), right))
     return rows
 
 
-def held_out_metrics(raw_chosen, raw_rejected, pairs):
-    """The `eval` row of metrics.jsonl, from raw scores: eq. 1 is about those, not scaled ones."""
-    right, two_sigma = accuracy(raw_chosen, raw_rejected)
-    lengths = [torch.tensor([float(len(text)) for text in texts]) for texts in zip(*pairs)]
+def held_out_metrics(chosen, rejected, pairs):
+    """Returns the `eval` row of metrics.jsonl, from raw scores: eq. 1 is not about scaled ones."""
+    right, two_sigma = accuracy(chosen, rejected)
+    chosen_lengths = torch.tensor([float(len(text)) for text, _ in pairs])
+    rejected_lengths = torch.tensor([float(len(text)) for _, text in pairs])
+    longer_wins, _ = accuracy(chosen_lengths, rejected_lengths)
     return {
-        "loss": preference_loss(raw_chosen, raw_rejected).mean().item(),  # below log 2 = 0.693
+        "loss": preference_loss(chosen, rejected).mean().item(),  # below log 2 = 0.693
         "accuracy": right,  # 0.6 to 0.75 on human labels; near 1 suggests a leak
-        "accuracy_two_sigma": two_sigma,  # of chance alone, by the number of pairs
-        "longer_wins": accuracy(*lengths)[0],  # accuracy should beat this and 1 - this clearly
+        "accuracy_two_sigma": two_sigma,
+        "longer_wins": longer_wins,  # accuracy should clearly beat this and 1 - this
     }
 
 
-# === Main loop ====================================================================================
-def read_back(run, model, tokenizer, eval_pairs, expected, cfg):
-    """Put the scale into the checkpoint; what a model read from it then scores must be `expected`.
+def print_result(row, bins, drift):
+    """Prints the accuracy beside its trivial rival, the calibration, and the scale."""
+    print(
+        f"\nheld-out accuracy {row['accuracy']:.3f} +- {row['accuracy_two_sigma']:.3f} (2 sigma); "
+        f"'the longer one wins' has {row['longer_wins']:.3f}\n"
+        f"held-out loss {row['loss']:.3f} nats; knowing nothing has {math.log(2):.3f}\n"
+        f"score mean {row['reward_mean']:.3f}, standard deviation {row['reward_std']:.3f}; "
+        f"after reloading, scores differ by at most {drift:.1g}\n"
+        f"\n{'score difference':>18}{'promised accuracy':>20}{'accuracy':>11}"
+    )
+    for size, promised, right in bins:
+        print(f"{size:>18.2f}{promised:>20.2f}{right:>11.2f}")
 
-    Returns the largest difference. The run is finished only if there is none to speak of.
+
+# === Main loop ====================================================================================
+def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected):
+    """Writes the scale into the checkpoint's config, loads the checkpoint, and returns the largest
+    difference of its scores from those expected. A lost head would give noise.
     """
-    folder = checkpoints(run.folder)[-1]
-    if processes.RANK == 0:
-        model.config.to_json_file(folder / "config.partial")  # where PPO will find the scale
-        os.replace(folder / "config.partial", folder / "config.json")  # whole or not at all
-    processes.wait()  # all read it
-    options = {"trust_remote_code": cfg.trust_remote_code}
-    saved, _ = common.load_scalar_model(str(folder), tokenizer, **options)
-    common.place(saved.requires_grad_(False), run.device, cfg.dtype)
-    scores = score_pairs(saved, eval_pairs, cfg.microbatch_size, tokenizer.pad_token_id, "reload")
-    drift = max((new - old).abs().max().item() for new, old in zip(scores, expected))
-    if not drift < 1e-3:  # a lost head scores noise
-        raise UserError(f"the saved model scores differently, by up to {drift:.2g}: not kept")
+    folder = harness.checkpoints(run.folder)[-1]
+    if harness.RANK == 0:
+        model.config.save_pretrained(folder)  # where PPO will find the scale
+    harness.greatest(0)  # all processes read it
+    saved, _ = common.load_scalar_model(
+        str(folder), tokenizer, trust_remote_code=run.cfg.trust_remote_code
+    )
+    common.to_device(saved.requires_grad_(False), run.device, run.cfg.dtype)
+    new_chosen, new_rejected = score_pairs(
+        saved, eval_pairs, run.cfg.microbatch_size, tokenizer.pad_token_id, "reload"
+    )
+    drift = max((new_chosen - chosen).abs().max(), (new_rejected - rejected).abs().max()).item()
+    if not drift < 1e-3:
+        raise UserError(f"the saved model gives other scores, by up to {drift:.2g}: not kept")
     return drift
 
 
 def main(cfg):
-    cli.check_ranges(cfg)
-    run = Run(cfg)  # seeds, takes --output, finds what --resume goes on from
+    run = harness.Run(cfg)
 
-    # -- setup: data, tokenizer, model, optimizer
-    rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
-    source, made_by = run.source or cfg.model, "python sft.py"  # a checkpoint has its own copy
-    options = {"trust_remote_code": cfg.trust_remote_code}
-    tokenizer = common.load_tokenizer(source, made_by, **cfg.of_tokenizer)
-    source = source if cfg.lora_rank is None else cfg.model  # adapters are put onto their base
-    model, head_is_new = common.load_scalar_model(source, tokenizer, made_by, **options)
+    # Data, tokenizer, model, optimizer
+    rows = harness.read_rows(cfg.data or [str(DATA / "preferences.jsonl")], FORMATS)
+    if cfg.eval_data is None:
+        rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)
+    else:
+        eval_rows = harness.read_rows(cfg.eval_data, FORMATS)
+        harness.report_overlap(rows, eval_rows, prompt_of)
+    code, made_by = cfg.trust_remote_code, "python sft.py"
+    tokenizer = common.load_tokenizer(cfg.model, made_by, code, cfg.chat_template_kwargs)
+    model, head_is_new = common.load_scalar_model(
+        cfg.model, tokenizer, made_by, trust_remote_code=code
+    )
     if head_is_new:  # --model was a causal LM
         init_head(model)
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3, below
-    adapters.add(model, cfg.lora_rank, cfg.model)
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3
+    common.add_adapters(model, cfg.lora_rank, cfg.model)
     pad_id, eos_ids = tokenizer.pad_token_id, common.eos_token_ids(tokenizer, model)
-    encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
-    pairs = convert(rows, encode)
-    eval_pairs = convert(eval_rows, encode, "held out")  # says what was dropped, and why
-    lengths = [max(map(len, pair)) for pair in pairs]  # in tokens
-    common.check_context(model, max(len(ids) for pair in pairs + eval_pairs for ids in pair))
-    common.place(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and its precision
-    num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)  # the last may be smaller
-    optimizer, schedule = adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
-    sizes = len(pairs), len(eval_pairs)
-    report.supervised_start(cfg, "reward model", model, "pairs", *sizes, optimizer)
-    report.print_tokens(tokenizer, model, pairs[0][0])
 
-    # -- the start
+    def encode(row):
+        return encode_row(row, tokenizer, eos_ids, cfg)
+
+    pairs = harness.convert(rows, encode)
+    eval_pairs = harness.convert(eval_rows, encode, "held out")
+    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]  # in tokens
+    eval_lengths = [max(len(chosen), len(rejected)) for chosen, rejected in eval_pairs]
+    common.check_context(model, max(lengths + eval_lengths))
+    common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)
+    num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)  # an epoch's last is smaller
+    optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
+    harness.describe("reward model", model)
+    harness.print_steps(cfg, len(pairs), len(eval_pairs), num_steps, optimizer)
+    harness.print_tokens(tokenizer, model, pairs[0][0])
     run.restore(tokenizer, {"reward_model": model}, optimizer, schedule)
-    run.start()  # nothing is written before
+
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
     batches = common.epochs_by_length(lengths, cfg.batch_size, generator)
     for step, index in run.steps(batches, num_steps):
         run.phase("backward")
-        loss, num_right, mine = 0.0, 0, common.share(index)  # under torchrun
-        for start in range(0, len(mine), cfg.microbatch_size):  # same gradient, less memory
-            micro = [pairs[i] for i in mine[start : start + cfg.microbatch_size]]
+        loss, num_right = 0.0, 0
+        part = common.share(index)  # under torchrun this process's part, else all
+        for start in range(0, len(part), cfg.microbatch_size):
+            micro = [pairs[i] for i in part[start : start + cfg.microbatch_size]]
             chosen, rejected = pair_scores(model, micro, pad_id)  # (b,) each
             micro_loss = preference_loss(chosen, rejected).sum() / len(index)  # divided once
-            micro_loss.backward()  # gradients add up
-            loss += micro_loss.item()  # in nats per pair
+            micro_loss.backward()  # gradients add up to those of the whole batch
+            loss += micro_loss.item()
             num_right += (chosen > rejected).sum().item()
-        sums = {"loss": loss, "right": num_right}
-        sums = processes.add_up([model], sums)  # and all gradients
+        sums = {"loss": loss, "num_right": num_right}
+        sums = harness.sum_over_processes([model], sums)  # and gradients; alone: as it is
         grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
+        if run.may_step(grad_norm):  # finite
             optimizer.step()
-        lr = schedule.get_last_lr()[0]  # of this step
-        schedule.step()  # for the next
         optimizer.zero_grad()
-
-        # -- log, save
-        row = {
+        run.log({
             "iteration": step,
-            "loss": sums["loss"],  # nats per pair; from 0.7 to 0.9 (log 2 is 0.693) down
-            "accuracy": sums["right"] / len(index),  # in epoch 1 of new pairs; from 0.5 up
+            "loss": float(sums["loss"]),  # nats per pair; from about 0.7 (log 2 is 0.693) down
+            "accuracy": float(sums["num_right"]) / len(index),  # in epoch 1 of new pairs; rises
             "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
-            "lr": lr,  # up, then down
-        }
-        run.log(row, show={"loss": "loss", "accuracy": "accuracy"})
+            "lr": schedule.get_last_lr()[0],  # up, then down
+        }, shown=("loss", "accuracy"))
+        schedule.step()
         run.save_if_due()
 
-    # -- held-out result, scale (eq. 3)
+    # Held-out result, scale (eq. 3)
     run.phase("evaluation")
-    adapters.merge(model)
-    raw = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
+    common.merge_adapters(model)
+    chosen, rejected = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
     reference = torch.cat(score_pairs(model, pairs, cfg.microbatch_size, pad_id, "score scale"))
-    mean, deviation = reference.mean().item(), reference.std().item()  # of all training responses
-    if not deviation > 0:  # or nan
+    mean, std = reference.mean().item(), reference.std().item()  # of all training responses
+    if not std > 0:  # or nan
         raise UserError("the model gives all texts one score, or none; lower --lr or check --data")
-    model.config.reward_mean, model.config.reward_std = mean, deviation
-    scale = {"reward_mean": mean, "reward_std": deviation}
-    row = {"split": "eval", "iteration": num_steps} | held_out_metrics(*raw, eval_pairs) | scale
+    model.config.reward_mean, model.config.reward_std = mean, std
+    row = {"split": "eval", "iteration": num_steps, "reward_mean": mean, "reward_std": std}
+    row |= held_out_metrics(chosen, rejected, eval_pairs)
     run.log(row)
-    expected = [(scores - mean) / deviation for scores in raw]  # eq. 3
-    drift = read_back(run, model, tokenizer, eval_pairs, expected, cfg)
-    run.finish()  # --output is now a model's folder
-    report.reward_model_result(row, calibration(raw[0] - raw[1]), drift)
-    data = "" if cfg.data == Config().data else " --prompts YOUR_PROMPTS.jsonl"
-    flags = f"--policy {cfg.model} --reward {cfg.output}{data}"
+    chosen_scaled, rejected_scaled = (chosen - mean) / std, (rejected - mean) / std  # eq. 3
+    drift = check_saved(run, model, tokenizer, eval_pairs, chosen_scaled, rejected_scaled)
+    run.finish()
+    print_result(row, calibration(chosen - rejected), drift)
+    prompts = "" if cfg.data is None else " --prompts YOUR_PROMPTS.jsonl"
+    flags = f"--policy {cfg.model} --reward {cfg.output}{prompts}"
     print(f"\nwrote {cfg.output}; next: python ppo.py {flags}")
 
 
 if __name__ == "__main__":
-    with cli.command_line():
-        main(cli.parse_args(Config, __doc__.splitlines()[0]))
+    harness.run_stage(main, Config, __doc__.splitlines()[0])

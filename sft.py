@@ -1,37 +1,37 @@
 """Stage 1 of RLHF, supervised fine-tuning: a language model learns to answer by imitation.
 
-Goal      maximise  E_{(x, y) ~ demonstrations}[ log pi(y | x) ]
+Goal      maximize  E_{(x, y) ~ demonstrations}[ log pi(y | x) ]
 
 (1) loss  L = - mean over the batch's completion tokens of  log pi(y_t | x, y_<t)
 
-Shapes    B rows, T tokens of prompt and completion (padded on the right), N that are imitated.
+Shapes    B rows, T tokens of prompt and completion (padded on the right); N of them are imitated.
 Time      logits[:, i] is the distribution of token i + 1. The loss shifts once, in completion_nll.
-Mask      completion_mask is True where a token is imitated: the completion and its EOS.
-          Prompt tokens are read and never predicted: the policy is to answer, not to ask.
-Processes With torchrun each one takes its share of a batch's rows; gradients and losses are summed
-          before the step, which is then the same on all.
+Mask      completion_mask is True where a token is imitated: the completion and its EOS. Prompt
+          tokens are read but not predicted: the policy is to answer, not to ask.
 Chats     Message lists go through the tokenizer's chat template. Each turn of the assistant is one
-          example; the chat before it is its prompt, up to the words that open the turn.
+          example; its prompt is the chat before it, up to the words that open the turn.
 EOS       It is learned like any other token. A policy that never learned to stop is the most common
-          bad start for PPO: its responses are cut, and the scores of cut texts mean little.
+          bad start for PPO: its responses are truncated, and scores of truncated texts mean little.
 
 Differs   The sum over a batch's tokens is divided once, by their number in the whole batch, so
-          that micro-batches change no gradient; a mean of their means would. Batches hold rows of
-          like length to save padding, so a token of a short text still weighs more over an epoch.
-          An example that is too long is dropped and counted: cut texts teach never to end.
+          micro-batches change no gradient; a mean of their means would. Batches hold rows of
+          similar length to save padding, so a token of a short text weighs more over an epoch.
+          An example that is too long is dropped and counted: cut texts would teach never to stop.
 
 Sources   Ouyang et al. 2022 (InstructGPT); Huang et al. 2024, "The N+ Implementation Details of
-          RLHF with PPO". The last one's settings for TL;DR summaries with 1 B parameters are a
-          start for a model of that size: --lr 3e-6 --epochs 1 --batch-size 128, cosine decay.
+          RLHF with PPO". Its settings for TL;DR summaries with 1 B parameters are a start for
+          models of that size: --lr 3e-6 --epochs 1 --batch-size 128, cosine decay.
 
 Run       python sft.py                                            a tiny model from scratch, data/
           python sft.py --model Qwen/Qwen2.5-0.5B --data mine.jsonl --epochs 1
 Data      {"prompt": str, "completion": str}, {"messages": [...]} or {"text": str}, one row a line
-Writes    ckpt/sft: the policy as a Hugging Face folder, args.json and metrics.jsonl; until the run
-          is finished also trainer_state/ (for --resume); with --lora-rank adapter/ too
+Writes    ckpt/sft: the policy as a Hugging Face folder, args.json and metrics.jsonl
 """
 
-import plumbing  # first: Ctrl-C while torch loads is no traceback
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while torch loads
 
 import math
 from dataclasses import dataclass
@@ -41,33 +41,32 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import common
+import harness
 from common import UserError
 from data import tiny_model
-from plumbing import adapters, cli, processes, report
-from plumbing.cli import DATA, RunConfig, arg
-from plumbing.rows import convert, read_and_hold_out, too_long
-from plumbing.runs import Run, adamw_with_cosine
+from harness import DATA, Count, Positive, Share, arg
 
 
 # === 0. Configuration =============================================================================
 # An optimizer step takes --batch-size rows; --microbatch-size of them are in memory at a time.
 @dataclass(frozen=True)
-class Config(RunConfig):  # the flags that all stages share are in plumbing/cli.py
-    output: str = arg("ckpt/sft", "folder for the trained policy and the logs", heading="run")
+class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
+    output: str = arg("ckpt/sft", "folder for the trained policy and the logs")
+    save_every: Count = arg(500, "optimizer steps between checkpoints")
 
-    model: str | None = arg(None, "causal LM; else a tiny Llama from scratch", heading="data")
-    data: list[str] = arg([str(DATA / "demonstrations.jsonl")], "JSONL; see the README")
-    eval_data: list[str] | None = arg(None, "held-out rows; else a tenth of --data, at most 512")
-    max_prompt_length: int = arg(512, "in tokens; rows above are dropped and counted", 1)
-    response_length: int = arg(512, "in tokens, EOS included; rows above are dropped too", 1)
+    model: str | None = arg(None, "causal LM (default: a tiny Llama, trained from scratch)")
+    data: list[str] | None = arg(None, "JSONL files (default: the embedded demonstrations)")
+    eval_data: list[str] | None = arg(None, "held-out rows (default: up to 512 of --data, a tenth)")
+    max_prompt_length: Count = arg(512, "tokens; rows with longer prompts are dropped and counted")
+    response_length: Count = arg(512, "tokens with EOS; rows with longer ones are dropped, too")
 
-    epochs: int = arg(4, "passes over the data; 1 to 3 if pretrained", 1, heading="optimisation")
-    batch_size: int = arg(16, "sequences per optimizer step", 1)
-    microbatch_size: int = arg(16, "sequences per forward pass; memory only, same gradient", 1)
-    lr: float | None = arg(None, "peak learning rate; else by size, see LR_BY_SIZE", 0, 1)
-    warmup: float = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0", 0, 1)
-    weight_decay: float = arg(0.0, "of AdamW; 0 to 0.1", 0, 1)
-    max_grad_norm: float = arg(1.0, "clip the gradient to this norm", 1e-9)
+    epochs: Count = arg(4, "passes over the data; 1 to 3 for a pretrained model")
+    batch_size: Count = arg(16, "sequences per optimizer step")
+    microbatch_size: Count = arg(16, "sequences in memory at a time; changes no gradient")
+    lr: Share | None = arg(None, "peak learning rate (default: by model size)")
+    warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
+    weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
+    max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
 
 
 # Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
@@ -78,19 +77,19 @@ FORMATS = [("prompt", "completion"), ("messages",), ("text",)]  # the keys of a 
 # === 1. Data: rows to prompts and completions, to ids, to tensors =================================
 # FORK: other demonstrations become prompts and completions here.
 def row_dialogues(row):
-    """[(prompt, completion)] of a data row, as `common.encode` takes them.
+    """Returns the [(prompt, completion)] of a data row, as `common.encode` takes them.
 
-    A text is a completion without a prompt. A chat gives one example for each of the assistant's
-    turns (of "messages") or for each in the completion: the prompt is the chat up to there.
+    A text is a completion without a prompt. A chat gives one example for each turn of the assistant
+    (of "messages", or of the completion): its prompt is the chat before it.
     """
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]  # strings or chats
         if isinstance(prompt, str) or isinstance(completion, str):
             return [(prompt, completion)]
     elif "messages" in row:
-        prompt, completion = [], row["messages"]  # every answer in it is imitated
+        prompt, completion = [], row["messages"]
     else:
-        return [("", row["text"])]  # all of it is imitated
+        return [("", row["text"])]
     chat = prompt + completion
     first = max(len(prompt), 1)  # an opening by the assistant answers nothing
     roles = [message["role"] for message in chat]
@@ -103,30 +102,37 @@ def row_dialogues(row):
 
 
 def is_learned(message):
-    """Not if it is marked as context alone: "weight": 0 in OpenAI's format, "train": false."""
+    """Returns False for context only: "weight": 0 in OpenAI's format, or "train": false."""
     marks = {key: message[key] for key in ("weight", "train") if message.get(key) is not None}
     for key, mark in marks.items():
-        if mark not in (0, 1):  # as which false and true count
+        if mark not in (0, 1):  # False and True count as these
             raise ValueError(f"has a message with {mark!r} under {key!r}; only 0 and 1 are read")
     return all(marks.values())
 
 
+def prompt_of(row):
+    """Returns what rows must not share if one is trained on and the other held out."""
+    return row["messages"][:-1] if "messages" in row else row.get("prompt", row.get("text"))
+
+
 def encode_row(row, tokenizer, eos_ids, cfg):
-    """Each (prompt ids, completion ids with EOS) of a row, or why there is none."""
-    dialogues, tools = row_dialogues(row), row.get("tools")
+    """Yields each (prompt ids, completion ids with EOS) of a row, or why there is none."""
+    dialogues = row_dialogues(row)
     if not dialogues:
         yield "marked not to be learned"
     for prompt, completion in dialogues:
-        prompt_ids, completion_ids = common.encode(tokenizer, prompt, completion, eos_ids, tools)
+        prompt_ids, completion_ids = common.encode(
+            tokenizer, prompt, completion, eos_ids, row.get("tools")
+        )
         if len(prompt_ids) + len(completion_ids) == 1:
             yield "empty"  # a lone EOS follows nothing
         else:
-            reason = too_long(cfg, prompt_ids, completion_ids)
+            reason = harness.too_long(cfg, prompt_ids, completion_ids)
             yield reason or (prompt_ids, completion_ids)  # two lists of int
 
 
 def collate(examples, pad_id):
-    """Examples as tokens int64, attention_mask bool, completion_mask bool, each (B, T)."""
+    """Returns examples as tokens int64, attention_mask bool, completion_mask bool, each (B, T)."""
     sequences = [prompt_ids + completion_ids for prompt_ids, completion_ids in examples]
     tokens, attention_mask = common.pad(sequences, pad_id, "right")  # (B, T)
     prompt_lengths = torch.tensor([[len(prompt_ids)] for prompt_ids, _ in examples])  # (B, 1)
@@ -137,13 +143,14 @@ def collate(examples, pad_id):
 
 # === 2. Loss: eq. 1 ===============================================================================
 def completion_nll(model, tokens, attention_mask, completion_mask):
-    """Sum over completion tokens of -log pi(y_t | x, y_<t), a scalar in nats.
+    """Returns the sum over completion tokens of -log pi(y_t | x, y_<t), a scalar in nats.
 
-    A sum and not a mean: micro-batches of one step add up, and the step divides once.
+    It is a sum and not a mean, because the micro-batches of a step add up and the step divides once.
     """
+    tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)
     logits = common.forward(model, tokens, attention_mask).logits  # (B, T, vocabulary)
     # Position i predicts token i + 1: drop the last column of the logits and the first of the rest.
-    is_target = completion_mask[:, 1:]  # (B, T-1)
+    is_target = completion_mask[:, 1:].to(model.device)  # (B, T-1)
     predictions, targets = logits[:, :-1][is_target], tokens[:, 1:][is_target]  # of N tokens
     return F.cross_entropy(predictions.float(), targets, reduction="sum")  # eq. 1
 
@@ -151,105 +158,129 @@ def completion_nll(model, tokens, attention_mask, completion_mask):
 # === 3. Held-out evaluation =======================================================================
 @torch.no_grad()
 def evaluate(model, examples, microbatch_size, pad_id):
-    """Mean loss per completion token of held-out examples, in nats; its exp is the perplexity."""
-    total_nll, num_tokens = 0.0, 0  # sums over all, divided once
-    examples = sorted(examples, key=lambda example: len(sum(example, [])))  # little padding
-    examples = common.share(examples)  # of several processes each has its own
+    """Returns the mean loss per completion token, in nats; its exp is the perplexity."""
+    nll, num_tokens = 0.0, 0
+    examples = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
+    examples = common.share(examples)  # under torchrun a part, else all
     for start in range(0, len(examples), microbatch_size):
-        batch = collate(examples[start : start + microbatch_size], pad_id)
-        total_nll += completion_nll(model, *(x.to(model.device) for x in batch)).item()
-        num_tokens += batch[2].sum().item()  # True in completion_mask
-    sums = processes.add_up([], {"nll": total_nll, "tokens": num_tokens})
-    return sums["nll"] / sums["tokens"]
+        tokens, attention_mask, completion_mask = collate(
+            examples[start : start + microbatch_size], pad_id
+        )
+        nll += completion_nll(model, tokens, attention_mask, completion_mask).item()
+        num_tokens += completion_mask.sum().item()
+    sums = harness.sum_over_processes([], {"nll": nll, "num_tokens": num_tokens})
+    return float(sums["nll"] / sums["num_tokens"])
+
+
+def print_result(loss_before, loss, model, tokenizer, examples):
+    """Prints the loss before and after, and the policy's answers to a few held-out prompts."""
+    print(
+        f"\nheld-out loss {loss_before:.3f} -> {loss:.3f} nats per token, perplexity "
+        f"{math.exp(loss_before):.2f} -> {math.exp(loss):.2f}; samples:"
+    )
+    prompts = [prompt_ids for prompt_ids, _ in examples if prompt_ids][:4]
+    if not prompts:  # plain text on a tokenizer without BOS: nothing to start from
+        return
+    tokens, mask = common.pad(prompts, tokenizer.pad_token_id, "left")
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    longest = max(len(prompt_ids) + len(ids) for prompt_ids, ids in examples)  # positions it has
+    length = min(64, longest - tokens.shape[1])
+    responses, _ = common.generate_responses(model, tokens, mask, length, temperature=1.0)
+    for prompt_ids, response in zip(prompts, responses):
+        print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
+        text = common.decode(tokenizer, prompt_ids, response.tolist())
+        print(harness.wrapped(f"    ->{text}"))
 
 
 # === Main loop ====================================================================================
-def load_model(cfg, source, rows):
-    """(model, tokenizer) of a checkpoint or --model; if there is none, tiny and from scratch."""
-    trust, source = cfg.trust_remote_code, source or cfg.model
-    if source is not None:
-        tokenizer = common.load_tokenizer(source, **cfg.of_tokenizer)
-        base = source if cfg.lora_rank is None else cfg.model  # adapters are put onto their base
-        return common.load_causal_lm(base, tokenizer, trust_remote_code=trust), tokenizer
+def load_model(cfg, rows):
+    """Returns (model, tokenizer) of --model; without one, a tiny model to train from scratch."""
+    code = cfg.trust_remote_code
+    if cfg.model is not None:
+        tokenizer = common.load_tokenizer(cfg.model, None, code, cfg.chat_template_kwargs)
+        model = common.load_causal_lm(cfg.model, tokenizer, trust_remote_code=code)
+        common.add_adapters(model, cfg.lora_rank, cfg.model)
+        return model, tokenizer
+    if cfg.lora_rank is not None or cfg.chat_template_kwargs is not None:
+        raise UserError("--lora-rank and --chat-template-kwargs are about a --model; name one")
     texts = [row[key] for row in rows for key in ("prompt", "completion", "text") if key in row]
     tokenizer = tiny_model.train_tokenizer([text for text in texts if isinstance(text, str)])
-    if cfg.chat_template_kwargs is not None:
-        common.set_template_kwargs(tokenizer, cfg.chat_template_kwargs)  # it has no template
     model = tiny_model.tiny_llama(tokenizer)
     common.set_generation_defaults(model, tokenizer)
     return model, tokenizer
 
 
 def main(cfg):
-    cli.check_ranges(cfg)
-    if cfg.lora_rank is not None and cfg.model is None:
-        raise UserError("--lora-rank adapts a --model; one from scratch has nothing to adapt")
-    run = Run(cfg)  # seeds, takes --output, finds what --resume goes on from
+    run = harness.Run(cfg)
 
-    # -- setup: data, tokenizer, model, optimizer
-    rows, eval_rows = read_and_hold_out(cfg, FORMATS, most=512)
-    model, tokenizer = load_model(cfg, run.source, rows)  # float32, no dropout
-    adapters.add(model, cfg.lora_rank, cfg.model)
+    # Data, tokenizer, model, optimizer
+    rows = harness.read_rows(cfg.data or [str(DATA / "demonstrations.jsonl")], FORMATS)
+    if cfg.eval_data is None:
+        rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)
+    else:
+        eval_rows = harness.read_rows(cfg.eval_data, FORMATS)
+        harness.report_overlap(rows, eval_rows, prompt_of)
+    model, tokenizer = load_model(cfg, rows)  # float32, no dropout
     pad_id, eos_ids = tokenizer.pad_token_id, model.generation_config.eos_token_id
-    encode = lambda row: encode_row(row, tokenizer, eos_ids, cfg)
-    examples = convert(rows, encode)
-    eval_examples = convert(eval_rows, encode, "held out")  # says what was dropped, and why
-    lengths = [len(x) + len(y) for x, y in examples]  # in tokens
-    common.check_context(model, max(len(x) + len(y) for x, y in examples + eval_examples))
-    common.place(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and its precision
-    num_steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)  # the last may be smaller
-    optimizer, schedule = adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
-    sizes = len(examples), len(eval_examples)
-    report.supervised_start(cfg, "policy", model, "demonstrations", *sizes, optimizer)
-    report.print_tokens(tokenizer, model, *examples[0])
 
-    # -- the start
+    def encode(row):
+        return encode_row(row, tokenizer, eos_ids, cfg)
+
+    examples = harness.convert(rows, encode)
+    eval_examples = harness.convert(eval_rows, encode, "held out")
+    lengths = [len(prompt_ids) + len(ids) for prompt_ids, ids in examples]  # in tokens
+    eval_lengths = [len(prompt_ids) + len(ids) for prompt_ids, ids in eval_examples]
+    common.check_context(model, max(lengths + eval_lengths))
+    common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)
+    num_steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)  # an epoch's last is smaller
+    optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
+    harness.describe("policy", model)
+    harness.print_steps(cfg, len(examples), len(eval_examples), num_steps, optimizer)
+    harness.print_tokens(tokenizer, model, examples[0][0], examples[0][1])
+    loss_before = run.kept.get("loss_before")
+    if loss_before is None:
+        loss_before = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
     run.restore(tokenizer, {"policy": model}, optimizer, schedule)
-    look = lambda: evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
-    loss_before = run.kept["loss_before"] if run.done else look()
-    run.start()  # nothing is written before
+
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
     batches = common.epochs_by_length(lengths, cfg.batch_size, generator)
     for step, index in run.steps(batches, num_steps):
         run.phase("backward")
-        batch = [examples[i] for i in index]  # of like length
+        batch = [examples[i] for i in index]  # of similar length
         num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
-        loss, mine = 0.0, common.share(batch)  # under torchrun a part, else all of it
-        # The gradient is that of the whole batch, however small the parts that are in memory.
-        for start in range(0, len(mine), cfg.microbatch_size):
-            micro = collate(mine[start : start + cfg.microbatch_size], pad_id)
-            nll = completion_nll(model, *(x.to(run.device) for x in micro))  # a sum, in nats
-            (nll / num_tokens).backward()  # gradients add up
+        loss = 0.0
+        part = common.share(batch)  # under torchrun this process's part, else all
+        for start in range(0, len(part), cfg.microbatch_size):
+            tokens, attention_mask, completion_mask = collate(
+                part[start : start + cfg.microbatch_size], pad_id
+            )
+            nll = completion_nll(model, tokens, attention_mask, completion_mask)  # a sum, in nats
+            (nll / num_tokens).backward()  # gradients add up to those of the whole batch
             loss += nll.item() / num_tokens
-        loss = processes.add_up([model], {"loss": loss})["loss"]  # and all gradients
+        sums = harness.sum_over_processes([model], {"loss": loss})  # and gradients; alone: as is
         grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        if run.may_step([grad_norm]):  # finite: one bad batch is no reason to stop
+        if run.may_step(grad_norm):  # finite
             optimizer.step()
-        lr = schedule.get_last_lr()[0]  # of this step
-        schedule.step()  # for the next
         optimizer.zero_grad()
-
-        # -- log, save
-        row = {
+        run.log({
             "iteration": step,
-            "loss": loss,  # nats per token; falls fast, then slowly
+            "loss": float(sums["loss"]),  # nats per token; falls fast, then slowly
             "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
-            "lr": lr,  # up, then down
-        }
-        run.log(row, show={"loss": "loss"})
+            "lr": schedule.get_last_lr()[0],  # up, then down
+        }, shown=("loss",))
+        schedule.step()
         run.save_if_due(loss_before=loss_before)
 
-    # -- held-out result, samples
+    # Held-out result and samples
     run.phase("evaluation")
-    adapters.merge(model)
-    loss = look()
+    common.merge_adapters(model)
+    loss = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
     run.log({"split": "eval", "iteration": num_steps, "loss_before": loss_before, "loss": loss})
-    run.finish()  # --output is now a model's folder
-    report.sft_result(loss_before, loss, model, tokenizer, eval_examples)
-    data = "" if cfg.data == Config().data else " --data YOUR_PAIRS.jsonl"
+    run.finish()
+    print_result(loss_before, loss, model, tokenizer, eval_examples)
+    data = "" if cfg.data is None else " --data YOUR_PAIRS.jsonl"
     print(f"\nwrote {cfg.output}; next: python reward_model.py --model {cfg.output}{data}")
 
 
 if __name__ == "__main__":
-    with cli.command_line():
-        main(cli.parse_args(Config, __doc__.splitlines()[0]))
+    harness.run_stage(main, Config, __doc__.splitlines()[0])
