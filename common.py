@@ -34,9 +34,12 @@ def is_out_of_memory(error):
     return is_one or re.search(texts, str(error)) is not None
 
 
-def first_line(error):
-    """Returns the first line of an error's text, or its class where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def explain(error, what):
+    """Raises UserError with the first line of an error, or the error itself if memory ran out."""
+    if is_out_of_memory(error) or isinstance(error, UserError):
+        raise error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise UserError(f"{what}: {lines[0][:300]}") from error
 
 
 # === Precision ====================================================================================
@@ -53,24 +56,18 @@ def to_device(model, device, dtype, gradient_checkpointing=False, compile=False)
         return
     use_bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
     model.use_bf16 = model.base_model.use_bf16 = use_bf16
-    is_trained = any(weight.requires_grad for weight in model.parameters())
-    if use_bf16:
-        score_head = getattr(getattr(model, "score", None), "weight", None)
-        kept = {model.get_input_embeddings().weight, score_head}  # an LM head may be tied
-        for module in model.modules():
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept:
-                if not module.weight.requires_grad:
-                    module.to(torch.bfloat16)
+    score_head = getattr(getattr(model, "score", None), "weight", None)
+    kept = {model.get_input_embeddings().weight, score_head}  # the LM head may be tied
+    for module in model.modules():
+        is_matrix = isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept
+        if use_bf16 and is_matrix and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
     model.to(device)
-    if is_trained and gradient_checkpointing:
-        try:
+    if any(weight.requires_grad for weight in model.parameters()):
+        if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(f"--gradient-checkpointing: {error}") from error
-        for module in model.modules():  # all else stays in evaluation mode, without dropout
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    if is_trained:
+            for module in model.modules():  # all else stays in evaluation mode, without dropout
+                module.training = isinstance(module, GradientCheckpointingLayer)
         check_model(model)
     if compile:  # of a scalar model only the trunk is called
         (model.base_model if has_token_head(model) else model).compile(dynamic=True)
@@ -104,7 +101,7 @@ def check_model(model):
     Two forward passes give the same numbers (else they are two policies). A row's numbers depend
     neither on the padding beside it nor on later tokens. A causal LM can be sampled from.
     """
-    is_scalar = has_token_head(model)
+    is_scalar, name = has_token_head(model), f"a {type(model).__name__}"
     trunk = model.base_model if is_scalar else model
     tokens = torch.arange(3, 67, device=model.device).view(2, 32)
     tokens %= model.get_input_embeddings().num_embeddings
@@ -115,32 +112,21 @@ def check_model(model):
         output = forward(trunk, tokens[rows, columns], mask[rows, columns])
         return (output.last_hidden_state if is_scalar else output.logits).float()
 
-    def difference(a, b):
-        return ((a - b).norm() / b.norm()).item()
-
     try:
-        whole = read(slice(2), slice(32))
-        again = read(slice(2), slice(32))
-        without_padding = read(slice(1, 2), slice(9, 32))
-        without_rest = read(slice(1), slice(20))
+        whole, again = read(slice(2), slice(32)), read(slice(2), slice(32))
+        alone, beginning = read(slice(1, 2), slice(9, 32)), read(slice(1), slice(20))
         if not is_scalar:
             generate_responses(model, tokens, mask, 2, 1.0, torch.Generator())
-    except UserError:
-        raise
     except Exception as error:  # each family has its own
-        if is_out_of_memory(error):
-            raise
-        what = f"a {type(model).__name__} can't be read or sampled from"
-        raise UserError(f"{what}: {first_line(error)}") from error
+        explain(error, f"{name} can't be read or sampled from")
     exact = 0 if model.device.type == "cpu" else 1e-3  # a GPU may add in another order
-    rules = (
-        (difference(whole, again), exact, "draws random numbers in its forward pass"),
-        (difference(whole[1:, 9:], without_padding), 0.05, "reads the padding"),
-        (difference(whole[:1, :20], without_rest), 0.05, "reads what comes later: no policy here"),
-    )
-    for gap, limit, what in rules:
-        if not gap <= limit:
-            raise UserError(f"a {type(model).__name__} {what}")
+    for one, other, limit, what in (
+        (whole, again, exact, "draws random numbers in its forward pass"),
+        (whole[1:, 9:], alone, 0.05, "reads the padding"),
+        (whole[:1, :20], beginning, 0.05, "reads what comes later: no policy here"),
+    ):
+        if not (one - other).norm() <= limit * other.norm():
+            raise UserError(f"{name} {what}")
 
 
 # === Several processes ============================================================================
@@ -226,23 +212,21 @@ def load_tokenizer(path, made_by=None, trust_remote_code=False, chat_template_kw
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if chat_template_kwargs is not None:
         set_template_arguments(tokenizer, chat_template_kwargs)
-    if re.search(r"strftime_now", str(tokenizer.chat_template)):
+    if "strftime_now" in str(tokenizer.chat_template):
         print("  warning: the chat template writes today's date: tomorrow's tokens will differ")
     return tokenizer
 
 
 def set_template_arguments(tokenizer, text):
-    """Writes the JSON object of --chat-template-kwargs into the chat template as its defaults.
-
-    So they are stored with the tokenizer, and hold in later stages, pipelines and servers as well.
+    """Writes the JSON object of --chat-template-kwargs into the chat template as its defaults, so
+    that they hold in later stages, pipelines and servers as well.
     """
-    flag = f"--chat-template-kwargs {text}"
+    flag, templates = f"--chat-template-kwargs {text}", tokenizer.chat_template or ""
+    templates = dict(templates) if isinstance(templates, dict) else {"": templates}
     try:
         arguments = json.loads(text).items()
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{flag} is no JSON object: {error}") from None
-    templates = tokenizer.chat_template or ""
-    templates = dict(templates) if isinstance(templates, dict) else {"": templates}
+        explain(error, f"{flag} is no JSON object")
     for name, value in arguments:
         if not name.isidentifier() or not re.search(rf"\b{name}\b", str(templates)):
             raise UserError(f"{flag}: the chat template does not read {name!r}")
@@ -263,23 +247,22 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
         response: a string, or messages that continue the chat; None has no ids.
         eos_ids: ids that may end a response besides the tokenizer's EOS.
         tools: JSON schemas for the template of a chat.
-        may_drop: whether the template may leave out words of the response, as some do with thoughts.
+        may_drop: whether the template may leave out words of the response, thoughts for example.
 
     Prompt and response are tokenized together, and the response's ids are those after the prompt's.
     They end with one EOS, where the policy's own response would end. A string begins as this
     tokenizer begins every text (BOS, or GLM's two tokens); a chat template writes BOS itself.
 
-    Raises:
-        ValueError: there is no template, it does not accept the chat, or it drops what is learned.
+    Raises ValueError if there is no template, if it does not accept the chat or drops words.
     """
-    if isinstance(prompt, str):
-        if response is not None and not isinstance(response, str):
-            raise ValueError("has a string as the prompt and messages as the response")
-        opening, text = prompt, response
-        before = ids_before_texts(tokenizer)
-    else:
+    before, opening, text = [], prompt, response
+    if not isinstance(prompt, str):
         opening, text = render_response(tokenizer, prompt, response, tools, may_drop)
-        before = []
+    elif response is not None and not isinstance(response, str):
+        raise ValueError("has a string as the prompt and messages as the response")
+    else:  # what the tokenizer puts before every text
+        ids, first = tokenizer("a")["input_ids"], token_ids(tokenizer, "a")[0]
+        before = ids[: ids.index(first)] if first in ids else []
     if tools and (isinstance(prompt, str) or "tools" not in str(tokenizer.chat_template)):
         notes["with tools that nothing renders"] += 1
     prompt_ids = token_ids(tokenizer, opening)
@@ -308,16 +291,8 @@ def decode(tokenizer, prompt_ids, response_ids):
     return whole[len(os.path.commonprefix([prompt, whole])) :]
 
 
-def token_ids(tokenizer, text):
-    """Returns the ids of a text without special tokens."""
+def token_ids(tokenizer, text):  # without special tokens
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def ids_before_texts(tokenizer):
-    """Returns what the tokenizer puts before every text: BOS, nothing, or tokens of its own."""
-    ids = tokenizer("a")["input_ids"]
-    first = token_ids(tokenizer, "a")[0]
-    return ids[: ids.index(first)] if first in ids else []
 
 
 def ids_after(tokenizer, opening, text):
@@ -366,11 +341,10 @@ def render_response(tokenizer, prompt, response, tools, may_drop):
     thought = re.search(r"[<\[](think(?:ing)?)[>\]]\s*\Z", opening[-40:], re.IGNORECASE)
     is_open = thought and not may_drop and f"/{thought[1]}" not in text
     if not whole.startswith(opening) or is_open or thought and text.lstrip().startswith(thought[0]):
-        what = "the chat with its reply does not continue the text of the prompt"
-        what = "the prompt opens a thought that the reply does not close" if thought else what
         place = max(0, len(os.path.commonprefix([opening, whole])) - 12)
         raise ValueError(
-            f"does not fit the chat template: {what}. {opening[place:]!r} ends the prompt, and the "
+            "does not fit the chat template: the chat with its reply does not continue the prompt "
+            f"(or a thought that the prompt opens). {opening[place:]!r} ends the prompt, and the "
             f"whole has {whole[place:][:40]!r}; see --chat-template-kwargs"
         )
     for message in response:
@@ -403,10 +377,7 @@ def lost_words(text, message):
 def eos_token_ids(tokenizer, model):
     """Returns all ids that end a text, sorted: the tokenizer's EOS and those stored with the model."""
     stored = getattr(getattr(model, "generation_config", model.config), "eos_token_id", None)
-    stored = [id for id in (stored if isinstance(stored, list) else [stored]) if id is not None]
-    size = model.get_input_embeddings().num_embeddings
-    if not all(isinstance(id, int) and 0 <= id < size for id in stored):
-        raise UserError(f"the model's eos_token_id is {stored}; it must be one or more token ids")
+    stored = stored if isinstance(stored, list) else [stored]
     return sorted({*stored, tokenizer.eos_token_id} - {None})
 
 
@@ -417,9 +388,6 @@ def load(auto_class, path, made_by=None, **options):
     Pickled weights are never read. `made_by` is the command that makes `path`.
     """
     hint = f"; make it with: {made_by}" if made_by else ""
-    base = adapter_base(path)
-    if base and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-        path = base
     if not os.path.isdir(path):
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
         if not is_hub_id or made_by and path.startswith("ckpt/"):
@@ -427,19 +395,19 @@ def load(auto_class, path, made_by=None, **options):
         if auto_class is AutoTokenizer:
             print(f"  {path} is no folder here: looking for it on the Hugging Face hub", flush=True)
     try:
+        base = adapter_base(path)
+        if base and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+            return auto_class.from_pretrained(base, **options)
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)[:300]
         if "trust_remote_code=True" in str(error):
-            reason = "it brings code of its own, which is run only with --trust-remote-code"
-        if auto_class not in (AutoTokenizer, AutoConfig):
-            reason += "; weights must be safetensors, pickled ones (.bin) are never read"
-        raise UserError(f"{path} can't be loaded: {reason}") from error
+            error = ValueError("it brings code of its own; see --trust-remote-code")
+        is_model = auto_class not in (AutoTokenizer, AutoConfig)
+        remedy = " (weights must be safetensors; pickled ones are never read)" if is_model else ""
+        explain(error, f"{path} can't be loaded{remedy}")
 
 
-def load_config(path, made_by, **options):
+def load_config(path, made_by, options):
     """Returns a model's config with dropout off and with outputs as the code here expects them.
 
     Two forward passes with two dropout masks would be two policies. Models are in evaluation mode
@@ -472,16 +440,12 @@ def load_model(auto_class, path, made_by, config, **options):
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     if base:
         missing -= merge_adapter(model, path)
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise UserError(f"{path} holds a weight that is not finite, in {name}")
     return model.eval(), sorted(missing)
 
 
 def load_causal_lm(path, tokenizer, made_by=None, **options):
     """Returns a causal LM in float32, without dropout, with an embedding for each token."""
-    code = options["trust_remote_code"] if "trust_remote_code" in options else False
-    config = load_config(path, made_by, trust_remote_code=code)
+    config = load_config(path, made_by, options)
     kind = (config.architectures or [type(config).__name__])[0]
     if config.is_encoder_decoder or re.search("Classification|MaskedLM", kind):
         raise UserError(f"{path} is no causal LM but a {kind}")
@@ -513,15 +477,10 @@ def load_classifier(path, made_by=None, **options):
 
     A family without such a class in transformers gets one, made of transformers' own parts.
     """
-    code = options["trust_remote_code"] if "trust_remote_code" in options else False
-    config = load_config(path, made_by, trust_remote_code=code)
+    config = load_config(path, made_by, options)
     if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
-    mean, std = score_scale(config)
-    is_number = type(mean) in (int, float) and type(std) in (int, float)
-    if not (is_number and math.isfinite(mean) and 0 < std < math.inf):
-        raise UserError(f"{path}: reward_mean and reward_std in its config are no scale of scores")
     classes, causal_lms = AutoModelForSequenceClassification, AutoModelForCausalLM._model_mapping
     has_code = "AutoModelForSequenceClassification" in getattr(config, "auto_map", {})
     if type(config) not in classes._model_mapping and type(config) in causal_lms and not has_code:
@@ -583,15 +542,6 @@ def check_context(model, length, flags="--max-prompt-length or --response-length
 # A matrix W that is frozen is used as W + 2 B A, and only B and A are trained. B starts at 0, so a
 # model starts as the one without adapters, bit for bit. No adapter is ever switched on or off:
 # reference and critic are module trees of their own over the same frozen weights.
-def import_peft(what):
-    """Returns the optional package peft."""
-    try:
-        import peft
-    except ImportError:
-        raise UserError(f"{what} needs the package peft: pip install peft") from None
-    return peft
-
-
 def adapter_base(path):
     """Returns the folder or hub id of the model that `path` adapts, or None if it is no adapter."""
     file = os.path.join(path, "adapter_config.json")
@@ -599,11 +549,8 @@ def adapter_base(path):
         return None
     if any(name.endswith(".safetensors") and "adapter" not in name for name in os.listdir(path)):
         raise UserError(f"{path} holds a model and an adapter; give each a folder of its own")
-    try:
-        with open(file, encoding="utf-8") as opened:
-            base = json.load(opened)["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
+    with open(file, encoding="utf-8") as opened:
+        base = json.load(opened).get("base_model_name_or_path")
     if not base or os.path.realpath(base) == os.path.realpath(path):
         raise UserError(f"{path} is an adapter, but its adapter_config.json names no base model")
     return base
@@ -613,8 +560,9 @@ def merge_adapter(model, path):
     """Adds the adapter in a folder of peft's to the model's weights, in place. Returns the names of
     what the folder holds.
     """
-    peft = import_peft(f"the adapter {path}")
     try:
+        import peft
+
         held = {*safetensors.torch.load_file(os.path.join(path, "adapter_model.safetensors"))}
         config = peft.PeftConfig.from_pretrained(path)
         config.task_type = None  # its class would call a causal LM's methods of a scalar model
@@ -627,9 +575,7 @@ def merge_adapter(model, path):
             raise ValueError(f"its weights do not match the model's: {min(known ^ held)}")
         adapted.merge_and_unload().requires_grad_(True)
     except Exception as error:  # peft, safetensors and torch each have their own
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"the adapter {path} can't be merged: {first_line(error)}") from error
+        explain(error, f"the adapter {path} can't be merged")
     return {name.removeprefix("base_model.model.") for name in held}
 
 
@@ -659,34 +605,25 @@ def add_adapters(model, lora_rank, base):
     """
     if lora_rank is None:
         return
-    peft = import_peft("--lora-rank")
-    is_scalar, name = has_token_head(model), type(model).__name__
-    if any(re.search("expert|moe", weight) for weight, _ in model.named_parameters()):
-        raise UserError(f"--lora-rank: a {name} is a mixture of experts; it can't adapt those")
-    if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
-        raise UserError(f"--lora-rank: a {name} has state-space layers, which ignore adapters")
-    config = peft.LoraConfig(
-        r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", inference_mode=False,
-        task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM", base_model_name_or_path=base,
-    )
+    is_scalar = has_token_head(model)
     try:
+        import peft
+
+        if any(re.search("expert|moe", name) for name, _ in model.named_parameters()):
+            raise ValueError("peft has no adapters for a mixture of experts here")
+        if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
+            raise ValueError("its state-space layers ignore adapters")
+        config = peft.LoraConfig(
+            r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear",
+            task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM", base_model_name_or_path=base,
+        )
         peft.inject_adapter_in_model(config, model)
     except Exception as error:  # peft has many kinds
-        raise UserError(f"--lora-rank: a {name} can't be adapted: {first_line(error)}") from error
+        explain(error, f"--lora-rank: a {type(model).__name__} can't be adapted")
     if is_scalar:
         model.score.requires_grad_(True)
         config.modules_to_save = ["score"]
-
-
-def merge_adapters(model):
-    """Adds trained adapters to the weights, in place; bf16 weights get the sum rounded to bf16."""
-    state = merged_state(model)
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "get_delta_weight"):
-            base = module.get_base_layer()
-            base.weight.data.copy_(state[f"{name}.weight"])
-            model.set_submodule(name, base)
-    vars(model).pop("peft_config", None)
+    config.inference_mode = True  # as peft writes it
 
 
 @torch.no_grad()
@@ -703,6 +640,17 @@ def merged_state(model):
     return state
 
 
+def merge_adapters(model):
+    """Adds trained adapters to the weights, in place; bf16 weights get the sum rounded to bf16."""
+    state = merged_state(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            base = module.get_base_layer()
+            base.weight.data.copy_(state[f"{name}.weight"])
+            model.set_submodule(name, base)
+    vars(model).pop("peft_config", None)
+
+
 def save_model(model, folder):
     """Saves a model as a Hugging Face folder: adapters merged, and once more in `adapter/`, in
     peft's format. A value head is saved as value_head.safetensors.
@@ -710,19 +658,17 @@ def save_model(model, folder):
     if isinstance(model, torch.nn.Linear):
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(model.state_dict(), folder / "value_head.safetensors")
-        return
-    config = getattr(model, "peft_config", {}).get("default")
-    if config is None:
+    elif not hasattr(model, "peft_config"):
         model.save_pretrained(folder)
-        return
-    model.save_pretrained(folder, state_dict=merged_state(model))
-    config.save_pretrained(folder / "adapter")
-    weights = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            weights[f"base_model.model.{name.replace('.default.', '.')}"] = weight.contiguous()
-    file = folder / "adapter" / "adapter_model.safetensors"
-    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    else:
+        model.save_pretrained(folder, state_dict=merged_state(model))
+        model.peft_config["default"].save_pretrained(folder / "adapter")
+        weights = {}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weights[f"base_model.model.{name.replace('.default.', '.')}"] = weight.contiguous()
+        file = folder / "adapter" / "adapter_model.safetensors"
+        safetensors.torch.save_file(weights, file, {"format": "pt"})
 
 
 # === Scores of a scalar model =====================================================================

@@ -163,8 +163,7 @@ def pick_device(name, flag="--device"):
             raise RuntimeError("use auto, cpu, cuda or cuda:1")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = common.first_line(error).split(". ")[0]
-        raise UserError(f"{flag} {name} can't be used: {reason}") from None
+        common.explain(error, f"{flag} {name} can't be used")
 
 
 def load_function(spec):
@@ -263,6 +262,9 @@ def hold_out(rows, most, seed, prompt_of):
     number = min(most, len(rows) // 10)
     if number == 0:
         raise UserError(f"{len(rows)} rows are too few to hold some out; give a file of held-out rows")
+    num_duplicates = len(rows) - len(set(map(json.dumps, rows)))
+    if num_duplicates:
+        print(f"  {num_duplicates} of {len(rows)} rows are duplicates of others")
     together = collections.defaultdict(list)
     for i, row in enumerate(rows):
         together[json.dumps(prompt_of(row))].append(i)
@@ -378,8 +380,7 @@ def read_args(folder):
         return {}
 
 
-def flush(path):
-    """Hands a file to the disk, so that a crash of the machine can't lose it after a rename."""
+def flush(path):  # to disk, so that a crash of the machine can't lose it after a rename
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -494,7 +495,7 @@ class Run:
                 self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
                 inputs, log_sizes = self.state["inputs"], self.state["log_sizes"]
             except Exception as error:  # torch has many kinds
-                raise UserError(f"can't resume {folder}: {common.first_line(error)}") from None
+                common.explain(error, f"can't resume {folder}")
             for name, size in log_sizes.items():
                 path = self.folder / name
                 if not path.exists() or path.stat().st_size < size:
@@ -605,11 +606,8 @@ class Run:
         self.num_skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == 3:
-            keys = ("iteration", "score", "kl", "loss", "policy_loss", "grad_norm")
-            rows = [{key: row[key] for key in keys if key in row} for row in self.history[-3:]]
             what = "three optimizer steps in a row had a gradient that is not finite"
-            causes = "usual causes: --lr too high, rewards of enormous size"
-            raise UserError(f"{what}, after {rows or 'no iteration'}; {causes}")
+            raise UserError(f"{what}: --lr is too high, or rewards are enormous")
         return is_finite
 
     def log(self, row, shown=()):
@@ -644,8 +642,10 @@ class Run:
         """Returns whether this step is the last one or a multiple of `every`."""
         return self.step == self.num_steps or self.step % every == 0
 
-    def save_if_due(self, **kept):
-        """Writes a checkpoint every --save-every steps, at the last step, and before a stop."""
+    def save_if_due(self, kept):
+        """Writes a checkpoint every --save-every steps, at the last step, and before a stop. `kept`
+        is what the loop itself needs to continue.
+        """
         self.stopping = greatest(self.stop_signal)  # a signal may reach one process before another
         if not (self.is_due(self.cfg.save_every) or self.stopping):
             return
@@ -658,10 +658,7 @@ class Run:
             self.write_checkpoint(partial, kept)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if common.is_out_of_memory(error):
-                raise
-            what = f"can't write {partial}: {common.first_line(error)}"
-            raise UserError(f"{what}; --resume continues from the checkpoint before it") from error
+            common.explain(error, f"can't write {partial} (the checkpoint before it is complete)")
         partial.rename(target)
         for path in older:
             remove_checkpoint(path)
@@ -719,14 +716,20 @@ def adamw_with_cosine(cfg, model, table, num_steps):
 
 
 # === The screen ===================================================================================
-def describe(role, model):
-    """Prints one line about a model: role, class, parameters, data types, how much is trained."""
-    size = sum(weight.numel() for weight in model.parameters()) / 1e6
-    num_trained = sum(weight.numel() for weight in trainable(model)) / 1e6
-    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
-    state = f"{num_trained:.3f} M trained" if 0 < num_trained < size else "trained"
-    state, name = state if num_trained else "frozen", type(model).__name__
-    print(f"  {role:<14}{name:<34}{size:>10.3f} M  {'+'.join(sorted(dtypes)):<18}{state}")
+def print_models(models):
+    """Prints a line about each (role, model), and the memory of all weights together."""
+    weights = set()
+    for role, model in models:
+        own = list(model.parameters())
+        size = sum(weight.numel() for weight in own) / 1e6
+        num_trained = sum(weight.numel() for weight in trainable(model)) / 1e6
+        state = f"{num_trained:.3f} M trained" if 0 < num_trained < size else "trained"
+        state = state if num_trained else "frozen"
+        dtypes = "+".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in own}))
+        print(f"  {role:<14}{type(model).__name__:<34}{size:>10.3f} M  {dtypes:<18}{state}")
+        weights.update(own)  # those that two models share count once
+    gb = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights) / 1e9
+    print(f"  weights, gradients and Adam's moments take {gb:.3g} GB")
 
 
 def print_steps(cfg, num_examples, num_held_out, num_steps, optimizer):
@@ -798,13 +801,11 @@ class Stream:
         pass
 
 
-REMEDIES = {  # {phase in which memory ran out: what helps}
+REMEDIES = {  # {phase in which memory ran out: what helps}; else a smaller --microbatch-size does
+    "loading": "use a smaller model or --lora-rank",
     "rollout": "halve --batch-size",
-    "score": "halve --microbatch-size",
-    "log-probabilities": "halve --microbatch-size",
     "backward": "halve --microbatch-size, or give --gradient-checkpointing or --lora-rank",
     "optimizer step": "give --lora-rank, or in ppo.py --critic shared",
-    "evaluation": "halve --microbatch-size, or in ppo.py --batch-size",
 }
 
 
@@ -824,8 +825,8 @@ def run_stage(main, config_class, description):
     except (UserError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         text = str(error)
         if common.is_out_of_memory(error):
-            remedy = REMEDIES.get(current["phase"], "use a smaller model or more memory")
-            text = f"out of memory ({current['phase']}): {remedy}; {common.first_line(error)}"
+            remedy = REMEDIES.get(current["phase"], "halve --microbatch-size")
+            text = f"out of memory ({current['phase']}): {remedy}; {(text.splitlines() or [''])[0]}"
         elif isinstance(error, RuntimeError):
             raise
         script = pathlib.Path(sys.argv[0]).name + (f": process {RANK}" if RANK else "")

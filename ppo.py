@@ -81,6 +81,9 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 
 
 # === 0. Configuration =============================================================================
+Temperature = Annotated[float, Range(0.01, 100)]
+
+
 # Three batch sizes: an iteration samples --batch-size responses; an optimizer step learns from
 # --minibatch-size of them; --microbatch-size of them are in memory at a time. So an iteration takes
 # ppo_epochs * batch_size / minibatch_size optimizer steps.
@@ -103,18 +106,14 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     samples_per_prompt: Count = arg(1, "responses to each prompt, side by side in the batch")
     max_prompt_length: Count = arg(512, "tokens; longer prompts are dropped and counted")
     response_length: Count = arg(64, "tokens; longer responses are truncated and penalized")
-    temperature: Annotated[float, Range(0.01, 100)] = arg(
-        1.0, "divides the logits, for sampling and for all log-probabilities; 0.7 to 1"
-    )
+    temperature: Temperature = arg(1.0, "divides the logits, in sampling and learning; 0.7 to 1")
 
     # beta trades score for distance from the reference. If the score rises while the texts get
     # worse, the reward model is over-optimized: raise beta or stop earlier, and trust a judge, the
     # KL, lengths and repetition more than the score.
     kl_coef: Weight = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites reward hacking")
     kl_target: Positive | None = arg(None, "adapt beta to hold this KL (eq. 8), in nats; 3 to 10")
-    kl_horizon: Count | None = arg(
-        None, "horizon of eq. 8 in episodes (default: a twelfth of the run's --iterations)"
-    )
+    kl_horizon: Count | None = arg(None, "horizon of eq. 8, in episodes (default: a 12th of all)")
     reward_device: str | None = arg(None, "device of reward models and reference; else --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of truncated responses")
 
@@ -129,9 +128,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     minibatch_size: Count = arg(32, "responses per optimizer step")
     microbatch_size: Count = arg(32, "responses in memory at a time; changes no gradient")
     clip_eps: Share = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3")
-    value_clip_eps: Annotated[float, Range(0)] = arg(
-        0.2, "eps_v of eq. 6, in units of the reward; inf turns value clipping off"
-    )
+    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "eps_v of eq. 6; inf: no value clipping")
     value_coef: Weight = arg(0.1, "c1 of eq. 7; matters little to a separate critic, due to Adam")
     entropy_coef: Weight = arg(0.0, "c2 of eq. 7; 0 to 0.01")
     max_approx_kl: Weight | None = arg(None, "stop an update early above this approx_kl; 0.02")
@@ -144,6 +141,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
 # The first two were measured here (at 0.3, 1 and 5 M parameters, approx_kl starts at 0.01 to 0.05);
 # the last is that of Huang et al. 2024 for 1 to 7 B; nothing in between was measured.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
+# Flags that --resume may change; --iterations also changes the learning rates and beta's horizon.
 MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
 
 
@@ -197,12 +195,11 @@ def prompt_of(row):
     return row["prompt"]
 
 
-def endless_batches(rows, num_prompts, samples_per_prompt, rng):
-    """Yields batches of rows for ever: all rows in random order, then again in another order.
-
-    Each row stands `samples_per_prompt` times side by side.
+def endless_batches(rows, batch_size, samples_per_prompt, rng):
+    """Yields batches of rows for ever: all rows in random order, then again in another order. In a
+    batch each row stands `samples_per_prompt` times side by side.
     """
-    order = []
+    order, num_prompts = [], batch_size // samples_per_prompt
     while True:
         while len(order) < num_prompts:
             order += rng.sample(rows, len(rows))
@@ -390,8 +387,11 @@ def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
     `kl` is the batch's mean KL per response, in nats; `step_size` is batch / horizon, where Ziegler
     et al. 2019 have a constant 0.1 in the paper and this in the code. Beta stays between a tenth and
     ten times its initial value: beyond that, either the score or the KL would no longer matter. The
-    default horizon allows a factor of about 10 in a run of 30 iterations.
+    default horizon allows a factor of about 10 in a run of 30 iterations. Without a target beta
+    stays as it is.
     """
+    if kl_target is None:
+        return kl_coef
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     kl_coef *= 1 + error * step_size  # eq. 8
     return min(max(kl_coef, initial_kl_coef / 10), initial_kl_coef * 10)
@@ -491,23 +491,20 @@ def policy_loss(ratio, advantages, clip_eps):
     ratio is clipped and A pushes it further out, the minimum is constant and the gradient is 0.
     """
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)  # eq. 5
+    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
-def value_loss(new_values, values, returns, value_clip_eps):
+def value_loss(new_values, values, returns, value_clip_eps, advantage):
     """Returns the loss of each value, eq. 6: the larger of the plain and the clipped error.
 
     Where V has moved more than eps_v towards its target, the clipped error is the larger one and
     the gradient is 0. Moving away from the target is never clipped. Like eq. 5, this limits how far
-    one rollout is trusted; it is not a bound on V.
+    one rollout is trusted; it is not a bound on V. With --advantage bandit it is the squared error.
     """
+    if advantage == "bandit":
+        return (new_values - returns) ** 2  # eq. 6b
     clipped = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)  # eq. 6
-
-
-def bandit_value_loss(new_values, returns):
-    """Returns the loss of each V(x), eq. 6b: the squared error."""
-    return (new_values - returns) ** 2  # eq. 6b
 
 
 @torch.no_grad()
@@ -610,7 +607,8 @@ def main(cfg):
     optimizer, schedule = make_optimizer(cfg, policy, critic)
     # The loop draws from a generator of its own: what a reward function draws changes nothing.
     generator = torch.Generator().set_state(torch.get_rng_state())
-    print_start(cfg, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows, eval_rows)
+    print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
+    harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
     dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
     scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
     baseline = run.kept.get("baseline") or evaluate(
@@ -618,14 +616,15 @@ def main(cfg):
     )
     samples = run.kept.get("samples", baseline)
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)
-    kl_horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
+    horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
+    kl_step_size = cfg.batch_size / horizon
     run.restore(tokenizer, {"policy": policy, "critic": critic}, optimizer, schedule)
     if run.done:
         generator.set_state(run.kept["generator"])
     else:
         log_evaluation(run, samples, baseline)
-    num_prompts = cfg.batch_size // cfg.samples_per_prompt
-    batches = endless_batches(rows, num_prompts, cfg.samples_per_prompt, random.Random(cfg.seed))
+    rng = random.Random(cfg.seed)
+    batches = endless_batches(rows, cfg.batch_size, cfg.samples_per_prompt, rng)
     for iteration, prompt_rows in run.steps(batches, cfg.iterations):
         # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); texts
         run.phase("rollout")  # the decoding loop is common.generate_responses
@@ -680,20 +679,16 @@ def main(cfg):
                     micro.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
                 )  # (b, r) each
                 at = micro.response_mask.nonzero(as_tuple=True)  # x[at]: the tokens that count, (N,)
-                at_value = micro.value_mask.nonzero(as_tuple=True)
                 log_ratio = new_logprobs[at] - micro.logprobs[at]
                 ratio = torch.exp(log_ratio)  # eq. 4
-                policy_losses = policy_loss(ratio, micro.advantages[at], cfg.clip_eps)
-                if cfg.advantage == "gae":
-                    value_losses = value_loss(
-                        new_values[at_value], micro.values[at_value], micro.returns[at_value],
-                        cfg.value_clip_eps,
-                    )
-                else:
-                    value_losses = bandit_value_loss(new_values[at_value], micro.returns[at_value])
-                entropies = new_entropies[at]
+                policy_losses = policy_loss(ratio, micro.advantages[at], cfg.clip_eps)  # eq. 5
+                at_v = micro.value_mask.nonzero(as_tuple=True)  # where the critic is trained
+                value_losses = value_loss(
+                    new_values[at_v], micro.values[at_v], micro.returns[at_v],
+                    cfg.value_clip_eps, cfg.advantage,
+                )  # eq. 6
                 loss = (
-                    (policy_losses - cfg.entropy_coef * entropies).sum() / num_tokens
+                    (policy_losses - cfg.entropy_coef * new_entropies[at]).sum() / num_tokens
                     + cfg.value_coef * value_losses.sum() / num_values
                 )  # eq. 7
                 loss.backward()
@@ -716,26 +711,20 @@ def main(cfg):
         optimizer.zero_grad()  # frees memory for the rollout
 
         # 7. LOG, ADAPT  metrics; beta and learning rates of the next iteration             eq. 8
-        row = {"iteration": iteration, "episodes": iteration * cfg.batch_size, "kl": kl}
-        row |= {"kl_coef": kl_coef, "kl_target": cfg.kl_target, "sampler_gap": sampler_gap}
-        row |= {"lr": schedule.get_last_lr()[0], "skipped_steps": run.num_skipped}
+        row = run_metrics(run, response_mask) | {"kl": kl, "kl_coef": kl_coef}
         row |= rollout_metrics(batch, score_parts, true_rewards, rollout.finished, old_entropies)
-        row |= update_metrics(steps) | time_metrics(run, response_mask)
+        row |= {"sampler_gap": sampler_gap} | update_metrics(steps)
         run.log(row, shown=("score", "true_reward", "kl", "response_length"))
         warn_if_unhealthy(run)
-        if cfg.kl_target is not None:
-            step_size = cfg.batch_size / kl_horizon
-            kl_coef = adapt_kl_coef(kl_coef, kl, cfg.kl_target, step_size, cfg.kl_coef)
+        kl_coef = adapt_kl_coef(kl_coef, kl, cfg.kl_target, kl_step_size, cfg.kl_coef)  # eq. 8
         schedule.step()
         if cfg.explain and (iteration == 1 or run.is_due(cfg.eval_every)):
             run.bar.write(explain_response(tokenizer, batch, rewards, advantages))
         if run.is_due(cfg.eval_every):
             samples = evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
             log_evaluation(run, samples, baseline)
-        run.save_if_due(
-            kl_coef=kl_coef, baseline=baseline, samples=samples, scales=scales,
-            generator=generator.get_state(),
-        )
+        kept = {"kl_coef": kl_coef, "generator": generator.get_state(), "scales": scales}
+        run.save_if_due(kept | {"baseline": baseline, "samples": samples})
     run.finish()
     print_result(cfg, baseline, samples)
 
@@ -893,10 +882,15 @@ def update_metrics(steps):
     }
 
 
-def time_metrics(run, response_mask):
-    """Returns seconds per phase, response tokens per second, and memory in GB (10^9 bytes)."""
+def run_metrics(run, response_mask):
+    """Returns counters, seconds per phase, response tokens per second, and memory (GB: 10^9)."""
     seconds, peak = run.phase("evaluation"), harness.peak_memory(run.device)
     return {
+        "iteration": run.step,
+        "episodes": run.step * run.cfg.batch_size,  # responses sampled so far
+        "kl_target": run.cfg.kl_target,
+        "lr": run.schedule.get_last_lr()[0],  # the policy's; falls linearly to 0
+        "skipped_steps": run.num_skipped,  # optimizer steps without a finite gradient; 0
         "seconds_rollout": seconds["rollout"],
         "seconds_score": seconds["score"] + seconds["log-probabilities"],
         "seconds_update": seconds["backward"] + seconds["optimizer step"],
@@ -960,32 +954,21 @@ def warn_if_unhealthy(run):
 
 
 # === Not the algorithm: what is printed ===========================================================
-def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows, eval_rows):
-    """Prints the models, the arithmetic of the batches, the learning rates and a prompt's tokens."""
-    harness.describe("policy", policy)
-    harness.describe("ref policy", ref_policy)
-    harness.describe("critic", critic)
-    for scorer in scorers:
-        if scorer.model is None:
-            print(f"  {'reward':<14}{scorer.spec}")
-        else:
-            harness.describe("reward", scorer.model)
-    models = [policy, critic, ref_policy, *(scorer.model for scorer in scorers)]
-    weights = {weight for model in models if model is not None for weight in model.parameters()}
-    memory = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights)
-    num_steps = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
+def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, num_prompts, num_held_out):
+    """Prints the models, what rewards the policy, the batch arithmetic and the learning rates."""
+    models = [("policy", policy), ("ref policy", ref_policy), ("critic", critic)]
+    models += [("reward", scorer.model) for scorer in scorers if scorer.model is not None]
+    harness.print_models(models)
     rates = [group["lr"] for group in optimizer.param_groups]
+    num_steps = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
     print(
-        f"  weights, gradients and Adam's moments take {memory / 1e9:.3g} GB\n"
         f"  {cfg.iterations} iterations x {cfg.batch_size} responses = "
-        f"{cfg.iterations * cfg.batch_size} episodes, from {len(rows)} prompts; "
-        f"{len(eval_rows)} held out\n  judge: {cfg.judge or 'none'}\n"
-        f"  {cfg.ppo_epochs} epochs x {cfg.batch_size // cfg.minibatch_size} minibatches of "
-        f"{cfg.minibatch_size} = {num_steps} optimizer steps per iteration,\n"
-        f"    each in micro-batches of up to {cfg.microbatch_size}\n"
+        f"{cfg.iterations * cfg.batch_size} episodes, from {num_prompts} prompts; "
+        f"{num_held_out} held out\n  rewards: {' + '.join(cfg.reward)}; judge: {cfg.judge}\n"
+        f"  {cfg.ppo_epochs} epochs of minibatches of {cfg.minibatch_size} (micro-batches of up to "
+        f"{cfg.microbatch_size}) = {num_steps} optimizer steps per iteration\n"
         f"  lr {rates[0]:g}, critic lr {rates[1]:g} (by model size, unless given)"
     )
-    harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
 
 
 def explain_response(tokenizer, batch, rewards, advantages, row=0):
@@ -1005,7 +988,7 @@ def explain_response(tokenizer, batch, rewards, advantages, row=0):
 
 
 def print_result(cfg, baseline, samples):
-    """Prints the results, samples side by side, and how to load the policy."""
+    """Prints the results, a few samples side by side, and how to load the policy."""
     before, after = summarize(baseline, baseline), summarize(samples, baseline)
     print(f"\n{'held-out prompts':<18}{'SFT':>9}{'PPO':>9}")
     for key in before:
@@ -1015,17 +998,13 @@ def print_result(cfg, baseline, samples):
         prompt = new["prompt"]
         print(f"\n  {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
         for name, sample in (("SFT", old), ("PPO", new)):
-            truth = sample["true_reward"]
-            truth = "" if truth is None else f", true {truth:.2f}"
+            truth = "" if cfg.judge is None else f", true {sample['true_reward']:.2f}"
             text = f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}"
             print(harness.wrapped(text))
     prompt = samples[0]["prompt"]
-    is_chat = not isinstance(prompt, str)
-    prompt = [prompt[-1]] if is_chat else prompt[:66]
-    print(f"\nthe curves: python plot.py {cfg.output}")
-    if is_chat:
-        print(f"to talk: transformers serve {cfg.output}, then transformers chat {cfg.output}")
+    prompt = prompt[:66] if isinstance(prompt, str) else prompt[-1:]
     print(f'''
+the curves: python plot.py {cfg.output}
 wrote {cfg.output}, an ordinary Hugging Face folder; to load and try it:
     from transformers import pipeline
     generate = pipeline("text-generation", "{cfg.output}")

@@ -308,7 +308,7 @@ def main(cfg):
     common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)
     num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)  # an epoch's last is smaller
     optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
-    harness.describe("reward model", model)
+    harness.print_models([("reward model", model)])
     harness.print_steps(cfg, len(pairs), len(eval_pairs), num_steps, optimizer)
     harness.print_tokens(tokenizer, model, pairs[0][0])
     run.restore(tokenizer, {"reward_model": model}, optimizer, schedule)
@@ -340,7 +340,7 @@ def main(cfg):
             "lr": schedule.get_last_lr()[0],  # up, then down
         }, shown=("loss", "accuracy"))
         schedule.step()
-        run.save_if_due()
+        run.save_if_due({})
 
     # Held-out result, scale (eq. 3)
     run.phase("evaluation")

@@ -39,12 +39,12 @@ class FunctionScorer:
 
     def call(self, rows, responses):
         """Returns the function's values as a tensor (B,), checked to be finite numbers."""
-        rows = copy.deepcopy(rows)  # what it does to them stays its own
+        copies = copy.deepcopy(rows)  # what it does to them stays its own
         signals = {signal.SIGINT} if hasattr(signal, "pthread_sigmask") else set()
         try:
             if signals:  # programs that it starts do not see a Ctrl-C, whose failure would count
                 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-            values = self.function([row["prompt"] for row in rows], list(responses), rows)
+            values = self.function([row["prompt"] for row in copies], list(responses), copies)
             if not isinstance(values, (str, dict, set, torch.Tensor)):
                 values = list(values)  # a generator runs here
             scores = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
@@ -88,7 +88,7 @@ class TokenScorer:
             part_mask = attention_mask[part, columns].to(device)
             part_scores = common.text_scores(self.model, part_tokens, part_mask)  # (b, T) -> (b,)
             scores[part] = part_scores.to(tokens.device)
-        return check_finite(common.total(scores), self.spec)
+        return common.total(scores)
 
 
 class TextScorer:
@@ -156,16 +156,8 @@ class TextScorer:
                     logits = self.model(**padded).logits[:, 0]  # (b,)
                 scores[list(part)] = ((logits.float() - mean) / std).cpu()
         except (IndexError, ValueError, RuntimeError) as error:  # RoBERTa has fewer positions than
-            if common.is_out_of_memory(error):  # its config says, BART wants an EOS, ...
-                raise
-            raise UserError(f"{self.spec} can't read a text: {common.first_line(error)}") from error
-        return check_finite(common.total(scores.to(tokens.device)), self.spec)
-
-
-def check_finite(scores, spec):
-    if not scores.isfinite().all():
-        raise UserError(f"a score of --reward {spec} is not finite; see its weights and --dtype")
-    return scores
+            common.explain(error, f"{self.spec} can't read a text")  # its config says, ...
+        return common.total(scores.to(tokens.device))
 
 
 def load_scorer(spec, policy, tokenizer, microbatch_size, **options):

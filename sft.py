@@ -234,7 +234,7 @@ def main(cfg):
     common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)
     num_steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)  # an epoch's last is smaller
     optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
-    harness.describe("policy", model)
+    harness.print_models([("policy", model)])
     harness.print_steps(cfg, len(examples), len(eval_examples), num_steps, optimizer)
     harness.print_tokens(tokenizer, model, examples[0][0], examples[0][1])
     loss_before = run.kept.get("loss_before")
@@ -269,7 +269,7 @@ def main(cfg):
             "lr": schedule.get_last_lr()[0],  # up, then down
         }, shown=("loss",))
         schedule.step()
-        run.save_if_due(loss_before=loss_before)
+        run.save_if_due({"loss_before": loss_before})
 
     # Held-out result and samples
     run.phase("evaluation")
