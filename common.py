@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedConfig
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification as ClassifierParts
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 
@@ -35,11 +36,11 @@ def is_out_of_memory(error):
 
 
 def explain(error, what):
-    """Raises UserError with the first line of an error, or the error itself if memory ran out."""
+    """Raises UserError with an error's text on one line, or the error itself if memory ran out."""
     if is_out_of_memory(error) or isinstance(error, UserError):
         raise error
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise UserError(f"{what}: {lines[0][:300]}") from error
+    text = " ".join(str(error).split()) or type(error).__name__
+    raise UserError(f"{what}: {text[:300]}") from error
 
 
 # === Precision ====================================================================================
@@ -283,7 +284,7 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
 
 
 def decode(tokenizer, prompt_ids, response_ids):
-    """Returns the text of a response: what it adds to the decoded prompt, without EOS and padding."""
+    """Returns the text of a response: what it adds to the decoded prompt. EOS and padding go."""
     left_out = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     kept = [id for id in response_ids if id not in left_out]
     prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
@@ -350,7 +351,7 @@ def render_response(tokenizer, prompt, response, tools, may_drop):
     for message in response:
         if message["role"] == "assistant" and (lost := lost_words(text, message)):
             if message is response[-1] and not may_drop:
-                what = "has words of the assistant that the template drops or alters"
+                what = "has words (or tool_calls) of the assistant that the template drops"
                 raise ValueError(f"{what}: {lost[:40]!r}; leave them out")
             notes["with words of the assistant, thoughts for example, that the template drops"] += 1
     return opening, text
@@ -375,7 +376,7 @@ def lost_words(text, message):
 
 
 def eos_token_ids(tokenizer, model):
-    """Returns all ids that end a text, sorted: the tokenizer's EOS and those stored with the model."""
+    """Returns the sorted ids that end a text: the tokenizer's EOS and those of the model."""
     stored = getattr(getattr(model, "generation_config", model.config), "eos_token_id", None)
     stored = stored if isinstance(stored, list) else [stored]
     return sorted({*stored, tokenizer.eos_token_id} - {None})
@@ -488,7 +489,7 @@ def load_classifier(path, made_by=None, **options):
         base = next(each for each in kind.__mro__ if each.__name__.endswith("PreTrainedModel"))
         name = kind.__name__.replace("CausalLM", "SequenceClassification")
         members = {"base_model_prefix": kind.base_model_prefix}
-        made = type(name, (GenericForSequenceClassification, base), members)
+        made = type(name, (ClassifierParts, base), members)
         classes.register(type(config), made, exist_ok=True)
     return load_model(classes, path, made_by, config, **options)
 
@@ -532,9 +533,14 @@ def fit_embeddings(model, tokenizer):
 
 def check_context(model, length, flags="--max-prompt-length or --response-length"):
     """Raises UserError if sequences of `length` tokens do not fit the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < length:  # XLNet has -1 for none
-        what = f"{length} tokens do not fit the {limit} positions of a {type(model).__name__}"
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or -1  # XLNet has -1 for none
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # above this, one long row changes all rows beside it
+        limit = rope.get("original_max_position_embeddings", limit)
+    if 0 < limit < length:
+        name = model.name_or_path or type(model).__name__
+        what = f"{length} tokens do not fit the {limit} positions of {name}"
         raise UserError(f"{what}; lower {flags}")
 
 
@@ -571,8 +577,9 @@ def merge_adapter(model, path):
         is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
         if is_tied and any(re.search(r"\.(embed_tokens|wte|lm_head)\.", name) for name in held):
             raise ValueError("it changes an embedding that is tied to the LM head")
-        if known ^ held:
-            raise ValueError(f"its weights do not match the model's: {min(known ^ held)}")
+        odd = [name for name in known ^ held if ".base_layer." not in name]  # an adapted embedding
+        if odd:
+            raise ValueError(f"its weights do not match the model's: {min(odd)}")
         adapted.merge_and_unload().requires_grad_(True)
     except Exception as error:  # peft, safetensors and torch each have their own
         explain(error, f"the adapter {path} can't be merged")
@@ -590,7 +597,7 @@ def shared_copy(model, lora_rank):
 
 
 def share_trunk(model, other):
-    """Lets a scalar model use the weights of the causal LM that it was made from, by their names."""
+    """Lets a scalar model use the weights of the causal LM that it was made from."""
     weights = dict(other.base_model.named_parameters())
     for name, weight in list(model.base_model.named_parameters(remove_duplicate=False)):
         if name in weights and weight.shape == weights[name].shape:
@@ -599,8 +606,8 @@ def share_trunk(model, other):
 
 
 def add_adapters(model, lora_rank, base):
-    """Puts a LoRA adapter on every linear layer but the LM head (which may be tied to the embedding)
-    and the score head. Only adapters and score head are trained then. Without a rank the model
+    """Puts a LoRA adapter on every linear layer but the score head and the LM head, which may be
+    tied to the embedding. Only adapters and score head are trained then. Without a rank the model
     stays as it is. `base` is where the model came from.
     """
     if lora_rank is None:
@@ -768,7 +775,7 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     checkpointing = [module for module in model.modules() if module.training]
     model.eval()  # in train mode, gradient checkpointing would turn the cache off
     with autocast(model):
-        for t in range(response_length if len(rows) else 0):  # the prompts first, then token by token
+        for t in range(response_length if len(rows) else 0):  # the prompts first, then one by one
             new = slice(-inputs.shape[1], None)
             output = model.forward(  # not model(), which --compile would compile for each length
                 input_ids=inputs, position_ids=position_ids(mask)[:, new], use_cache=True,
@@ -793,5 +800,5 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     if not logprobs.isfinite().all():
         raise UserError("sampling failed: the model's logits are not finite; lower --lr")
     is_eos = torch.isin(response, eos_ids).long()
-    num_columns = (is_eos.cumsum(1) == is_eos).any(0).sum()  # R: some row had not finished before it
+    num_columns = (is_eos.cumsum(1) == is_eos).any(0).sum()  # R: not all had finished before
     return response[:, :num_columns], logprobs[:, :num_columns]

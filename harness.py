@@ -168,7 +168,7 @@ def pick_device(name, flag="--device"):
 
 def load_function(spec):
     """Returns the function that "file.py:function" names. Each file runs once, as one module, and
-    its folder is on the import path: it can import its neighbours, and spawned workers can import it.
+    its folder is on the import path: it can import its neighbours, and spawned workers import it.
     """
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
@@ -218,7 +218,8 @@ def read_rows(paths, formats):
                         rows.append(parse_row(line, formats))
                         rows[-1].path, rows[-1].line = path, number
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"can't read {path}: {getattr(error, 'strerror', 0) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"can't read {path}: {reason}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} {error}; {hint}") from None
         if len(rows) == num_before:
@@ -261,7 +262,7 @@ def hold_out(rows, most, seed, prompt_of):
     """
     number = min(most, len(rows) // 10)
     if number == 0:
-        raise UserError(f"{len(rows)} rows are too few to hold some out; give a file of held-out rows")
+        raise UserError(f"{len(rows)} rows are too few to hold some out; name held-out rows")
     num_duplicates = len(rows) - len(set(map(json.dumps, rows)))
     if num_duplicates:
         print(f"  {num_duplicates} of {len(rows)} rows are duplicates of others")
@@ -506,7 +507,7 @@ class Run:
         for name, value in dataclasses.asdict(self.cfg).items():
             began = saved.get(name, value)
             if name not in may_change and began != value:
-                what = f"{flag_of(name)} is {value}, but the run in {self.folder} began with {began}"
+                what = f"{flag_of(name)} is {value}, but the run began with {began}"
                 raise UserError(f"{what}; leave it out, or start again with --overwrite")
 
     def restore(self, tokenizer, models, optimizer, schedule):
@@ -765,7 +766,7 @@ def wrapped(text):
 
 
 def peak_memory(device):
-    """Returns the most bytes held so far: on CUDA by tensors, else by the process; None if unknown."""
+    """Returns the most bytes held so far: by tensors on CUDA, else by the process, or None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # not getrusage: it counts what the process that started this one held

@@ -1,9 +1,9 @@
-"""Stage 3 of RLHF, PPO: one batch of text from prompt to optimizer.step(), read top to bottom.
+"""Stage 3 of RLHF, PPO: one batch of text from the prompt to optimizer.step().
 
 Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
 
 (1)  rewards     r_t     = -beta * (log pi_old(y_t) - log pi_ref(y_t)) + [t is last] * score(x, y),
-                           where the score is lowered by --missing-eos-penalty if no EOS came
+                           where --missing-eos-penalty is subtracted from scores without an EOS
 (2)  advantages  delta_t = r_t + gamma * V_{t+1} - V_t ;   A_t = delta_t + gamma * lam * A_{t+1}
 (3)  returns     G_t     = A_t + V_t
 (4)  ratio       rho_t   = pi(y_t) / pi_old(y_t) = exp(log pi(y_t) - log pi_old(y_t))
@@ -14,41 +14,42 @@ Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
                            between a tenth and ten times its initial value
 
-          V in (2) and (3) is V_old, computed once per rollout; V in (6) is the critic in training.
-          A_t in (5) is whitened: mean 0 and standard deviation 1 over all tokens of the rollout.
+          V in (2) and (3) is V_old, computed once per rollout, and 0 after the last token; V in (6)
+          is the critic's current output. A_t in (5) is whitened: mean 0 and standard deviation 1
+          over all tokens of the rollout. mean_t is over all tokens of a minibatch.
 
           With --advantage bandit the whole response is one action; gamma, lam and eps_v are unused:
-(2b)      A       = sum_t r_t - V(x), the same for each token; ratio and clip stay per token
+(2b)      A       = sum_t r_t - V(x), the same for every token; ratio and clip are still per token
 (6b)      L_value = mean (V(x) - sum_t r_t)^2, without the 1/2 of (6)
 
 Shapes    B responses, P prompt tokens (left-padded), R response tokens (right-padded), S scorers
-          (what --reward names). A micro-batch has b rows and r response columns, of which N tokens
-          count. The vocabulary has no letter, as V is the critic.
-Time      Column t of every (B, R) tensor is about the response token y_t:
+          (what --reward names). A micro-batch has b rows, r response columns and N unmasked tokens.
+Time      Column t of every (B, R) tensor belongs to the response token y_t:
           logprobs[:, t] = log pi_old(y_t | x, y_<t).  values[:, t] = V(x, y_<t), the prediction
           before y_t is chosen, because a baseline must not depend on the action.
 Mask      response_mask is True where a token counts: up to and including the first EOS.
 
 Models    policy        starts at --policy              trained  writes the responses
-          ref policy    a copy of it                    frozen   the KL is measured against it
+          ref policy    a copy of it                    frozen   the KL is measured from it
           reward model  --reward; several are summed    frozen   scores a finished response
-          critic        separate: starts at the reward  trained  predicts, from an unfinished
-                        model; shared: a value head              response, the rewards to come
-                        on the policy's trunk
+          critic        separate: a copy of the reward  trained  predicts the rewards to come, from
+                        model, if that reads tokens;             an unfinished response
+                        shared: a head on the policy
           pi_old needs no model. It is the policy before the update; its log-probabilities are kept.
 
-Differs   The score is added at the last token that counts; TRL adds it one slot later if there is
-          one. One function computes all log-probabilities (old, new and reference), at the sampling
+Differs   The score is added at the last token that counts; TRL adds it one position later if there
+          is room. A missing EOS lowers the score; in Huang et al. it replaces the score. One
+          function computes all log-probabilities (old, new and reference), at the sampling
           temperature and in float32. Each mean in (5) to (7) is a sum that is divided once, by the
-          count of the whole minibatch, so micro-batches change no gradient.
+          count of the whole minibatch, so micro-batches change the gradient by rounding only.
 
-Read      the main loop first, then sections 1 to 6. Sections 0, 7 and 8 can wait.
+Read      the main loop first (`main`), then sections 1 to 6. The rest can wait.
 
-Sources   Schulman et al. 2017 (PPO) and 2016 (GAE); Ziegler et al. 2019 (eqs. 1 and 8); Stiennon et
-          al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". Its settings
-          for 1 B parameters are a start for models of that size: --lr 3e-6 --critic-lr 3e-6
+Sources   Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (our eqs. 1, 8); Stiennon et
+          al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". Its
+          settings are a good starting point for 1 B parameters: --lr 3e-6 --critic-lr 3e-6
           --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
-          --response-length 53, and 1,000,000 episodes.
+          --response-length 53 --iterations 1953, which are 1,000,000 episodes.
 
 Run       python ppo.py --policy ckpt/sft                                        embedded world
           python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
@@ -60,7 +61,7 @@ Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, state.pt (for 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while torch loads
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit quietly on Ctrl-C while torch loads
 
 import dataclasses
 import json
@@ -81,65 +82,62 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 
 
 # === 0. Configuration =============================================================================
-Temperature = Annotated[float, Range(0.01, 100)]
-
-
 # Three batch sizes: an iteration samples --batch-size responses; an optimizer step learns from
-# --minibatch-size of them; --microbatch-size of them are in memory at a time. So an iteration takes
-# ppo_epochs * batch_size / minibatch_size optimizer steps.
+# --minibatch-size of them; --microbatch-size of them go through a model at a time, when scoring and
+# learning. So an iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
     eval_every: Count = arg(10, "iterations between evaluations on held-out prompts")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "of all models")
-    compile: bool = arg(False, "torch.compile scoring and update; minutes to start, then faster")
-    explain: bool = arg(False, "print one response as a table of tokens at each evaluation")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "attention code")
+    compile: bool = arg(False, "use torch.compile in scoring and update: slow start, then faster")
+    explain: bool = arg(False, "print a response token by token, at first and at evaluations")
 
     policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
-    reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
-    judge: str | None = arg(None, "file.py:function, the true reward: reported, not trained on")
-    prompts: list[str] | None = arg(None, "JSONL files of prompts (default: the embedded ones)")
-    eval_prompts: list[str] | None = arg(None, "held-out prompts (default: up to 128 of --prompts)")
+    reward: list[str] = arg(["ckpt/reward_model"], "reward models, file.py:function; summed")
+    judge: str | None = arg(None, "file.py:function, a trusted reward: logged, not trained on")
+    prompts: list[str] | None = arg(None, "JSONL files of prompts; None: the embedded world")
+    eval_prompts: list[str] | None = arg(None, "held-out prompts; None: up to 128 of --prompts")
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
     batch_size: Count = arg(128, "responses per iteration")
-    samples_per_prompt: Count = arg(1, "responses to each prompt, side by side in the batch")
-    max_prompt_length: Count = arg(512, "tokens; longer prompts are dropped and counted")
-    response_length: Count = arg(64, "tokens; longer responses are truncated and penalized")
-    temperature: Temperature = arg(1.0, "divides the logits, in sampling and learning; 0.7 to 1")
+    samples_per_prompt: Count = arg(1, "responses to each prompt; the batch has fewer prompts")
+    max_prompt_length: Count = arg(512, "in tokens; longer prompts are dropped and counted")
+    response_length: Count = arg(64, "in tokens; longer responses are truncated")
+    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "of sampling; usually 0.7 to 1")
 
     # beta trades score for distance from the reference. If the score rises while the texts get
     # worse, the reward model is over-optimized: raise beta or stop earlier, and trust a judge, the
-    # KL, lengths and repetition more than the score.
-    kl_coef: Weight = arg(0.15, "beta of eq. 1; 0.02 to 0.2; 0 invites reward hacking")
-    kl_target: Positive | None = arg(None, "adapt beta to hold this KL (eq. 8), in nats; 3 to 10")
-    kl_horizon: Count | None = arg(None, "horizon of eq. 8, in episodes (default: a 12th of all)")
-    reward_device: str | None = arg(None, "device of reward models and reference; else --device")
+    # KL, lengths and your own reading more than the score.
+    kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
+    kl_target: Positive | None = arg(None, "adapt beta to hold this KL, in nats; usually 3 to 10")
+    kl_horizon: Count | None = arg(None, "adaptation time, in episodes; None: a 12th of the run")
+    reward_device: str | None = arg(None, "of reward models and reference; None: as --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of truncated responses")
 
     # gamma is 1 because a response is finite and no part of it is worth more for coming sooner. lam
     # trades bias of the critic (0: trust V at the next token) for variance of the return (1).
     advantage: Literal["gae", "bandit"] = arg("gae", "one advantage per token, or one per response")
-    gamma: Share = arg(1.0, "discount per token in eq. 2; 1 for text")
-    lam: Share = arg(0.95, "lambda of eq. 2; 0.9 to 1")
+    gamma: Share = arg(1.0, "discount per token; 1 for text")
+    lam: Share = arg(0.95, "lambda of GAE; usually 0.9 to 1")
     critic: Literal["separate", "shared"] = arg("separate", "a model, or a head on the policy")
 
-    ppo_epochs: Count = arg(4, "passes over each rollout, each in a new order; 1 to 4")
+    ppo_epochs: Count = arg(4, "passes over each rollout; usually 1 to 4")
     minibatch_size: Count = arg(32, "responses per optimizer step")
-    microbatch_size: Count = arg(32, "responses in memory at a time; changes no gradient")
-    clip_eps: Share = arg(0.2, "epsilon of eq. 5; 0.1 to 0.3")
-    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "eps_v of eq. 6; inf: no value clipping")
-    value_coef: Weight = arg(0.1, "c1 of eq. 7; matters little to a separate critic, due to Adam")
-    entropy_coef: Weight = arg(0.0, "c2 of eq. 7; 0 to 0.01")
-    max_approx_kl: Weight | None = arg(None, "stop an update early above this approx_kl; 0.02")
-    lr: Share | None = arg(None, "policy's learning rate, decays to 0 (default: by model size)")
-    critic_lr: Share | None = arg(None, "critic's learning rate (default: by model size)")
+    microbatch_size: Count = arg(32, "responses per forward pass; affects memory and speed only")
+    clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
+    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values; inf: none")
+    value_coef: Weight = arg(0.1, "weight of the value loss; a separate critic hardly feels it")
+    entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
+    max_approx_kl: Weight | None = arg(None, "end an update above this approx_kl; 0.02")
+    lr: Share | None = arg(None, "learning rate of the policy, decays to 0; None: by size")
+    critic_lr: Share | None = arg(None, "learning rate of the critic, decays to 0; None: by size")
     max_grad_norm: Positive = arg(1.0, "clip the gradient norms of policy and critic to this")
 
 
-# Learning rates by number of parameters: what suits a tiny model ruins a large one in one iteration.
-# The first two were measured here (at 0.3, 1 and 5 M parameters, approx_kl starts at 0.01 to 0.05);
-# the last is that of Huang et al. 2024 for 1 to 7 B; nothing in between was measured.
+# Learning rates by number of parameters: one that suits a tiny model can ruin a large one in an
+# iteration. The first two were measured here (at 0.3, 1 and 5 M parameters approx_kl is 0.01 to
+# 0.05 in iteration 1), the last is that of Huang et al. 2024 for 1 to 7 B, the third is a guess.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
 # Flags that --resume may change; --iterations also changes the learning rates and beta's horizon.
 MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
@@ -150,11 +148,11 @@ def check_config(cfg):
     if flags do not fit together.
     """
     if len(set(cfg.reward)) < len(cfg.reward):
-        raise UserError("--reward names one twice; it would count twice")
+        raise UserError("--reward names the same reward twice; it would count twice")
     if cfg.reward_device and cfg.lora_rank is not None:
         raise UserError("--reward-device can't be used with --lora-rank, which shares weights")
     if cfg.kl_horizon is not None and cfg.kl_target is None:
-        raise UserError("--kl-horizon belongs to eq. 8, which needs a --kl-target")
+        raise UserError("--kl-horizon needs a --kl-target")
     if cfg.kl_target is not None and cfg.kl_coef == 0:
         raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
     if cfg.kl_horizon is not None and cfg.kl_horizon < cfg.batch_size:
@@ -173,14 +171,15 @@ def check_config(cfg):
 
 
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
-# FORK: other prompt data become rows with a "prompt" here.
+# FORK: to use other prompt data, build rows with a "prompt" here.
 def load_prompts(cfg, tokenizer):
-    """Returns (rows, held-out rows) that fit, each with its token ids as `row.prompt_ids`."""
+    """Returns (rows, held-out rows) short enough, each with its token ids as `row.prompt_ids`."""
 
     def encode(row):
-        row.unread = ()  # a reward function may read any key
+        row.unread = ()  # none: a reward function may read any key
         row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
-        yield (harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty") or row
+        problem = harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty"
+        yield problem or row
 
     formats = [("prompt",)]
     rows = harness.convert(harness.read_rows(cfg.prompts, formats), encode)
@@ -196,8 +195,8 @@ def prompt_of(row):
 
 
 def endless_batches(rows, batch_size, samples_per_prompt, rng):
-    """Yields batches of rows for ever: all rows in random order, then again in another order. In a
-    batch each row stands `samples_per_prompt` times side by side.
+    """Yields batches of rows endlessly: all rows in random order, then again in another order. In a
+    batch each row is repeated `samples_per_prompt` times in a row.
     """
     order, num_prompts = [], batch_size // samples_per_prompt
     while True:
@@ -208,14 +207,14 @@ def endless_batches(rows, batch_size, samples_per_prompt, rng):
 
 
 def mask_through_first_eos(response, eos_ids):
-    """Returns True up to and including the first EOS, (B, R) bool; all True where none came.
+    """Returns a mask (B, R) that is True up to and including the first EOS; all True without one.
 
     The EOS counts: it is an action, chosen like any other token, and the score is added there. What
     follows is padding. The mask is built from the sampled tokens alone, because `response == pad`
-    goes wrong wherever the pad token can be sampled or is the EOS.
+    is wrong wherever the pad token can be sampled or is the EOS.
     """
     is_eos = torch.isin(response, torch.tensor(eos_ids, device=response.device)).long()
-    return is_eos.cumsum(1) - is_eos == 0  # no EOS strictly before t
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS strictly before t
 
 
 @dataclass(frozen=True)
@@ -225,17 +224,18 @@ class Rollout:
     tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
     attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
     response_mask: torch.Tensor  # (B, R) bool      True up to and including the first EOS
-    finished: torch.Tensor  # (B,) bool             True where an EOS came
+    finished: torch.Tensor  # (B,) bool             True if it ends with an EOS
     sampled_logprobs: torch.Tensor  # (B, R)        the sampler's own; only check_sampler reads them
     texts: list  # B strings                        decoded responses, without the EOS
 
 
 def sample_responses(policy, tokenizer, prompt_rows, response_length, temperature, generator):
-    """Returns a Rollout: plain sampling, no top-k or top-p, no settings stored with the model.
+    """Returns a Rollout, by plain sampling without top-k or top-p.
 
-    The decoding loop is `common.generate_responses`.
+    The decoding loop is `common.generate_responses`. `common.set_generation_defaults` has replaced
+    the sampling settings stored with the model.
     """
-    settings = policy.generation_config
+    settings = policy.generation_config  # only the EOS ids and the pad id are read from it
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
     prompt_ids = [row.prompt_ids for row in prompt_rows]
     prompts, prompt_mask = common.pad(prompt_ids, settings.pad_token_id, "left")  # (B, P)
@@ -263,10 +263,10 @@ def sample_responses(policy, tokenizer, prompt_rows, response_length, temperatur
 def score_responses(scorers, rollout, prompt_rows):
     """Returns the score of each response by each of the S scorers, (S, B) float32, no gradient.
 
-    A reward model of reward_model.py reads the tokens as the policy wrote them, and its score is
-    the output at the last one, the EOS if there is one; scores have mean 0 and standard deviation 1
-    on texts like the SFT policy's. One with another tokenizer reads the decoded texts. A Python
-    function's values are used as returned. All are in rewards.py.
+    A reward model trained by reward_model.py reads the tokens as the policy wrote them. Its score
+    is the output at the last one, the EOS if there is one; on texts like its training pairs, scores
+    have mean 0 and standard deviation 1. One with a different tokenizer reads the decoded texts. A
+    Python function's values are used as returned. See rewards.py.
     """
     scores = []
     for scorer in scorers:
@@ -274,8 +274,8 @@ def score_responses(scorers, rollout, prompt_rows):
     return torch.stack(scores)
 
 
-# === 3. Evaluate: log pi_old, log pi_ref and V_old at every response token ========================
-PIECE = 2**25  # logits processed at a time: 128 MB in float32, and several tensors of that size
+# === 3. Log-probabilities and values: log pi_old, log pi_ref, V_old at every response token =======
+PIECE = 2**25  # logits per piece: 128 MiB in float32, and several tensors of that size
 
 
 class ValueHead(torch.nn.Linear):
@@ -285,8 +285,8 @@ class ValueHead(torch.nn.Linear):
 def token_logprobs(logits, tokens, temperature, with_entropy):
     """Returns log-probabilities of tokens (b, R), and entropies, (b, R) float32 each.
 
-    Every log-probability divides the logits by the temperature, because the sampler did. For the
-    reference, too: the policy that is optimized is the tempered one, and its KL must start at 0.
+    The sampler divides the logits by the temperature, so every log-probability does, the
+    reference's too: the tempered policy is the one that is trained, and its KL must start at 0.
     """
     all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
     logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, R)
@@ -298,12 +298,12 @@ def token_logprobs(logits, tokens, temperature, with_entropy):
 def forward_responses(
     policy, critic, tokens, attention_mask, num_columns, temperature, with_entropy=False
 ):
-    """Returns per-token log-probabilities, values and entropies of responses: (B, R) float32 each,
-    R = num_columns. Without a critic the values are 0; so are the entropies unless asked for.
+    """Returns log-probabilities, values and entropies of response tokens: (b, r) float32 each, with
+    r = num_columns. Values are 0 without a critic, entropies are 0 unless `with_entropy`.
 
     A causal model's output at position i is its distribution over token i + 1. So what belongs to
-    the R response tokens is read one position earlier, from the last prompt token on. This is the
-    only place that shifts; after it, column t of every tensor is about y_t.
+    the r response tokens is read one position earlier, from the last prompt token on. This is the
+    only shift in the file; from here on, column t of every tensor belongs to y_t.
 
         position   ...  P-2   P-1    P    P+1  ...  P+R-2     P+R-1
         token      ...  x     x      y_0  y_1  ...  y_{R-2}   y_{R-1}
@@ -311,15 +311,15 @@ def forward_responses(
     """
     is_shared = isinstance(critic, ValueHead)
     tokens, attention_mask = tokens.to(policy.device), attention_mask.to(policy.device)
-    # Drop the last position, which predicts nothing that counts, and keep the last R.
-    inputs, input_mask = tokens[:, :-1], attention_mask[:, :-1]  # (B, P+R-1)
+    # Drop the last position, which predicts nothing that is needed, and keep the last r.
+    inputs, input_mask = tokens[:, :-1], attention_mask[:, :-1]  # (b, P+r-1)
     output = common.forward(
         policy, inputs, input_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
     )
-    # A few rows at a time; `checkpoint` recomputes in backward what it needs of them. So of tensors
-    # as wide as the vocabulary only the logits, and in backward their gradients, are whole.
+    # A softmax over the vocabulary takes several tensors of the logits' size. Process a few rows at
+    # a time and recompute them in backward, so that only logits and their gradients exist in full.
     num_rows = max(1, PIECE // (num_columns * output.logits.shape[-1]))
-    targets = tokens[:, -num_columns:]  # (B, R)
+    targets = tokens[:, -num_columns:]  # (b, r)
     pieces = []
     for logits, ids in zip(output.logits.split(num_rows), targets.split(num_rows)):
         pieces.append(checkpoint(
@@ -331,7 +331,7 @@ def forward_responses(
     if critic is None:
         values = torch.zeros_like(logprobs)
     elif is_shared:
-        hidden = output.hidden_states[-1][:, -num_columns:]  # (B, R, width)
+        hidden = output.hidden_states[-1][:, -num_columns:]  # (b, r, width)
         values = critic(hidden.float()).squeeze(-1)
     else:
         values = common.token_scores(critic, inputs, input_mask)[:, -num_columns:]
@@ -342,16 +342,17 @@ def forward_responses(
 def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch_size):
     """Returns logprobs, ref_logprobs, values and entropies of a rollout, (B, R) float32 each.
 
-    The old log-probabilities are computed here although the sampler had some: they must come from
-    the function that the update uses, or the first ratio is not 1. What remains is rounding, which
-    depends on the shapes of the micro-batches (approx_kl_first in the log).
+    The old log-probabilities are computed here although the sampler has computed some: they must
+    come from the function that the update uses, or the first ratio is not 1. Only rounding
+    differences remain, which depend on the micro-batches' shapes (approx_kl_first in the log).
     """
-    tokens, num_columns = rollout.tokens, rollout.response_mask.shape[1]
-    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
+    tokens, attention_mask = rollout.tokens, rollout.attention_mask
+    num_columns = rollout.response_mask.shape[1]
     prompt_length = tokens.shape[1] - num_columns
+    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything = torch.arange(len(tokens))
-    for rows, columns in common.parts_by_length(rollout.attention_mask, everything, microbatch_size):
-        part, mask = tokens[rows, columns], rollout.attention_mask[rows, columns]
+    for rows, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
+        part, mask = tokens[rows, columns], attention_mask[rows, columns]
         width = columns.stop - prompt_length
         logprobs, values, entropies = forward_responses(
             policy, critic, part, mask, width, temperature, with_entropy=True
@@ -359,7 +360,7 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
         ref_logprobs, _, _ = forward_responses(ref_policy, None, part, mask, width, temperature)
         ref_logprobs = ref_logprobs.to(tokens.device)  # from --reward-device
         results[:, rows, :width] = torch.stack([logprobs, ref_logprobs, values, entropies])
-    logprobs, ref_logprobs, values, entropies = common.total(results)  # under torchrun, of all
+    logprobs, ref_logprobs, values, entropies = common.total(results)  # sum over processes
     return logprobs, ref_logprobs, values, entropies
 
 
@@ -369,26 +370,25 @@ def kl_shaped_rewards(scores, token_kl, response_mask, kl_coef):
 
     Args:
         scores: (B,), one per response.
-        token_kl: (B, R), log pi_old(y_t) - log pi_ref(y_t). Its sum over a response, averaged over
-            the policy's own samples, is the KL; the exact KL needs sums over the vocabulary.
+        token_kl: (B, R), log pi_old(y_t) - log pi_ref(y_t). Its sum over a response is a one-sample
+            estimate of the KL; averaged over many of the policy's own samples it is the KL.
 
-    The reward model judges the finished text, so the whole score arrives at the last token; every
-    token is penalized for its own distance from the reference. Advantages carry both back in time.
-    With the KL in the reward, and not in the loss, it is credited to the tokens that lead to it.
+    The reward model judges the finished text, so the whole score is added at the last token; every
+    token is penalized for its own distance from the reference. Advantages carry both back in time:
+    with the KL in the reward, and not in the loss, earlier tokens are credited for later KL, too.
     """
     rewards = torch.where(response_mask, -kl_coef * token_kl, 0.0)  # eq. 1, left
-    last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or where it was cut
+    last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or the cut
     return rewards.scatter_add(1, last_index, scores[:, None])  # eq. 1, right
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
     """Returns beta for the next iteration by eq. 8: higher if the KL is above its target.
 
-    `kl` is the batch's mean KL per response, in nats; `step_size` is batch / horizon, where Ziegler
-    et al. 2019 have a constant 0.1 in the paper and this in the code. Beta stays between a tenth and
-    ten times its initial value: beyond that, either the score or the KL would no longer matter. The
-    default horizon allows a factor of about 10 in a run of 30 iterations. Without a target beta
-    stays as it is.
+    `kl` is the batch's mean KL per response, in nats; `step_size` is batch / horizon, as in the
+    code of Ziegler et al. 2019 (their paper has a constant 0.1). The limits of a tenth and ten
+    times the initial beta are ours: beyond, either the score or the KL would no longer matter. With
+    the default horizon beta can reach them within a run. Without a target beta stays as it is.
     """
     if kl_target is None:
         return kl_coef
@@ -398,13 +398,13 @@ def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
 
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
-# FORK: another estimator is one more function of rewards, values and response_mask that returns
+# FORK: to use another estimator, write a function of rewards, values and response_mask that returns
 # advantages and returns. examples/forks has GRPO and RLOO, which need no critic.
 def gae(rewards, values, response_mask, gamma, lam):
     """Returns advantages and returns by eqs. 2 and 3, (B, R) each (Schulman et al. 2016).
 
     `values` are from before the update, so the returns are fixed targets during all epochs. After
-    the last token there is nothing left to earn: V is 0 there, also where a response was truncated.
+    the last token no reward is left: V is 0 there, even if the response was truncated.
     With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
     rewards = torch.where(response_mask, rewards, 0.0)
@@ -420,10 +420,10 @@ def gae(rewards, values, response_mask, gamma, lam):
 
 
 def bandit(rewards, values, response_mask):
-    """Returns advantages and returns where the whole response is one action, eq. 2b, (B, R) each.
+    """Returns advantages and returns when the whole response is one action, eq. 2b, (B, R) each.
 
-    One baseline, the value V(x) before the first token, serves the whole response, and every token
-    gets the same advantage. GAE with gamma = lam = 1 is similar: the return from t on, minus V_t.
+    One baseline, the value V(x) before the first token, is used for the whole response, and every
+    token gets the same advantage. GAE with gamma = lam = 1 is similar: rewards to come minus V_t.
     """
     returns = torch.where(response_mask, rewards, 0.0).sum(1, keepdim=True)  # (B, 1)
     advantages = torch.where(response_mask, returns - values[:, :1], 0.0)  # eq. 2b
@@ -431,11 +431,12 @@ def bandit(rewards, values, response_mask):
 
 
 def whiten(x, mask):
-    """Returns x with mean 0 and (population) standard deviation 1 over the True positions; else 0.
+    """Returns x with mean 0 and (population) standard deviation 1 over the True positions, and 0
+    elsewhere.
 
-    This fixes the scale of the policy loss against value loss, entropy and gradient clipping, and
-    removes what all tokens have in common, such as a critic that is too low everywhere. It is done
-    over the whole rollout, as a minibatch's mean is noisy, and after the returns were computed.
+    This fixes the scale of the policy loss relative to value loss, entropy and gradient clipping,
+    and removes what all tokens have in common. It is done over the whole rollout, because the mean
+    of a minibatch is noisy, and after the returns were computed.
     """
     counted = x[mask]
     return torch.where(mask, (x - counted.mean()) / (counted.std(correction=0) + 1e-8), 0.0)
@@ -444,14 +445,14 @@ def whiten(x, mask):
 # === 6. Update: eqs. 4-7 ==========================================================================
 @dataclass(frozen=True)
 class Batch:
-    """One rollout, as constants of the update."""
+    """One rollout; constant during the update."""
 
     tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
     attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
     response_mask: torch.Tensor  # (B, R) bool      True up to and including the first EOS
     value_mask: torch.Tensor  # (B, R) bool         True where the critic is trained
-    logprobs: torch.Tensor  # (B, R) float32        log pi_old(y_t): all that remains of pi_old
-    ref_logprobs: torch.Tensor  # (B, R) float32    log pi_ref(y_t), for a fork's KL in the loss
+    logprobs: torch.Tensor  # (B, R) float32        log pi_old(y_t)
+    ref_logprobs: torch.Tensor  # (B, R) float32    log pi_ref(y_t); forks use it in the loss
     values: torch.Tensor  # (B, R) float32          V_old(x, y_<t)
     advantages: torch.Tensor  # (B, R) float32      whitened
     returns: torch.Tensor  # (B, R) float32         not whitened
@@ -482,7 +483,7 @@ def minibatches(batch_size, minibatch_size, epochs, generator):
         yield from torch.randperm(batch_size, generator=generator).split(minibatch_size)
 
 
-# FORK: another policy loss goes here.
+# FORK: put another policy loss here.
 def policy_loss(ratio, advantages, clip_eps):
     """Returns the loss of each token, eq. 5, in the shape of the inputs.
 
@@ -497,9 +498,9 @@ def policy_loss(ratio, advantages, clip_eps):
 def value_loss(new_values, values, returns, value_clip_eps, advantage):
     """Returns the loss of each value, eq. 6: the larger of the plain and the clipped error.
 
-    Where V has moved more than eps_v towards its target, the clipped error is the larger one and
-    the gradient is 0. Moving away from the target is never clipped. Like eq. 5, this limits how far
-    one rollout is trusted; it is not a bound on V. With --advantage bandit it is the squared error.
+    Where V has moved more than eps_v from V_old towards its target, the clipped error is the larger
+    one and the gradient is 0. Like eq. 5, this limits how far one rollout moves V; it does not
+    bound V. With --advantage bandit it is the squared error, eq. 6b.
     """
     if advantage == "bandit":
         return (new_values - returns) ** 2  # eq. 6b
@@ -509,19 +510,19 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
 
 @torch.no_grad()
 def add_statistics(sums, **terms):
-    """Adds a micro-batch's terms to the sums of its optimizer step. Every key ends up in the log,
-    averaged over the optimizer steps, so a fork adds a number by adding a key.
+    """Adds a micro-batch's terms to the sums of its optimizer step. Every key is logged, averaged
+    over the optimizer steps, so a fork logs another number by adding a key.
     """
     for name, term in terms.items():
-        sums[name] = sums.get(name, 0.0) + term.detach()
+        sums[name] = sums.get(name, 0.0) + term
 
 
-# === 7. The models, and where the critic starts ===================================================
+# === 7. The models, and the critic's initial weights ==============================================
 def load_models(cfg, tokenizer, longest, device):
     """Returns policy, ref_policy, critic and the list of scorers, on their devices.
 
     `longest` is the largest number of tokens in a sequence. Trained weights are float32, and
-    dropout is off: two passes with two dropout masks are two policies, and the ratio is not 1.
+    dropout is off: with different dropout masks in two passes the ratio would not be 1.
     """
     options = {"trust_remote_code": cfg.trust_remote_code}
     if cfg.attention != "auto":
@@ -529,13 +530,13 @@ def load_models(cfg, tokenizer, longest, device):
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
     if cfg.lora_rank is None:
-        policy.to(device)  # now, to free the host's memory for the next model
+        policy.to(device)  # now, to free host memory for the next model
     ref_policy = common.shared_copy(policy, cfg.lora_rank).requires_grad_(False)
     scorers = []
     for spec in cfg.reward:
         scorers.append(load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options))
     critic = load_critic(cfg, scorers, policy, tokenizer, **options)
-    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # the others have it without adapters
+    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # but its copies have none
     common.check_context(policy, longest)
     for model in (policy, critic):
         common.to_device(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
@@ -554,10 +555,10 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
     """Returns the critic: a copy of the first reward model that reads the policy's tokens, or, if
     there is none, a copy of the policy with a head in place of its logits.
 
-    A reward model knows what scores depend on, which is most of what a critic has to learn. With
-    --critic shared the critic is only a linear head on the policy. That saves a model and its
+    A reward model already knows what drives the score, which is most of what a critic has to learn.
+    With --critic shared the critic is only a linear head on the policy. That saves a model and its
     optimizer state, but the value loss, weighted by c1, then trains the policy's trunk as well, and
-    the two may pull it apart. New heads start at 0.
+    the two losses may conflict. New heads start at 0.
     """
     if cfg.critic == "shared":
         critic = ValueHead(policy.get_output_embeddings().in_features, 1)
@@ -587,7 +588,7 @@ def make_optimizer(cfg, policy, critic):
         {"params": harness.trainable(policy), "lr": lr},
         {"params": harness.trainable(critic), "lr": critic_lr},
     ]
-    # eps 1e-5 is OpenAI's (Huang et al. 2024). fused is one pass over the weights instead of twelve.
+    # eps 1e-5 is OpenAI's (Huang et al. 2024). fused=True updates all weights in few passes.
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / cfg.iterations)
     return optimizer, schedule
@@ -605,11 +606,12 @@ def main(cfg):
     policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, longest, run.device)
     judge = FunctionScorer(cfg.judge) if cfg.judge else None
     optimizer, schedule = make_optimizer(cfg, policy, critic)
-    # The loop draws from a generator of its own: what a reward function draws changes nothing.
+    # The loop has a generator of its own, so that a reward function's draws do not change sampling.
     generator = torch.Generator().set_state(torch.get_rng_state())
     print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
     harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
     dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
+    # Scales and baseline belong to the initial policy: before a checkpoint's weights are restored.
     scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
     baseline = run.kept.get("baseline") or evaluate(
         cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows
@@ -639,7 +641,7 @@ def main(cfg):
         final_scores = score_parts.sum(0) - cfg.missing_eos_penalty * (~rollout.finished).float()
         true_rewards = score_responses([judge], rollout, prompt_rows) if judge else None
 
-        # 3. EVALUATE    tokens -> logprobs, ref_logprobs, values, old_entropies (B, R)
+        # 3. LOGPROBS    tokens -> logprobs, ref_logprobs, values, old_entropies (B, R)
         run.phase("log-probabilities")
         logprobs, ref_logprobs, values, old_entropies = evaluate_tokens(
             policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size
@@ -666,19 +668,19 @@ def main(cfg):
             advantages=whiten(advantages, response_mask), returns=returns,
         )
 
-        # 6. UPDATE      a batch of constants -> policy, critic; only new_* has gradient    eqs. 4-7
+        # 6. UPDATE      batch -> updated policy and critic; only new_* carries gradient    eqs. 4-7
         steps = []
         for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs, generator):
             run.phase("backward")
             optimizer.zero_grad()
             num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
             step = {}  # {statistic: number}
-            for micro in batch.micro_batches(index, cfg.microbatch_size):  # gradients add up
+            for micro in batch.micro_batches(index, cfg.microbatch_size):  # gradients accumulate
                 new_logprobs, new_values, new_entropies = forward_responses(
                     policy, critic, micro.tokens, micro.attention_mask,
                     micro.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
                 )  # (b, r) each
-                at = micro.response_mask.nonzero(as_tuple=True)  # x[at]: the tokens that count, (N,)
+                at = micro.response_mask.nonzero(as_tuple=True)  # x[at]: unmasked tokens, (N,)
                 log_ratio = new_logprobs[at] - micro.logprobs[at]
                 ratio = torch.exp(log_ratio)  # eq. 4
                 policy_losses = policy_loss(ratio, micro.advantages[at], cfg.clip_eps)  # eq. 5
@@ -700,13 +702,13 @@ def main(cfg):
                     clip_fraction=((ratio - 1).abs() > cfg.clip_eps).sum() / num_tokens,
                     ratio=ratio.sum() / num_tokens,
                 )
-            step = harness.sum_over_processes([policy, critic], step)  # and gradients; alone: as is
+            step = harness.sum_over_processes([policy, critic], step)  # and gradients
             step["grad_norm"] = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             step["critic_grad_norm"] = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
             steps.append(step)
             if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
-                break  # far enough from pi_old: neither this step nor the remaining ones
-            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # finite
+                break  # too far from pi_old: skip this step and the rest
+            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite
                 optimizer.step()
         optimizer.zero_grad()  # frees memory for the rollout
 
@@ -732,7 +734,7 @@ def main(cfg):
 # === 8. Not the algorithm: held-out evaluation ====================================================
 @torch.no_grad()
 def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
-    """Samples one response to each prompt, with the same random numbers at every call.
+    """Samples one response to each prompt, with the same seed each time.
 
     Returns:
         A dict per row with "prompt", "response", "score" (without --missing-eos-penalty),
@@ -746,7 +748,9 @@ def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
             policy, tokenizer, some, cfg.response_length, cfg.temperature, generator
         )
         scores = score_responses(scorers, rollout, some).sum(0).tolist()
-        truths = score_responses([judge], rollout, some)[0].tolist() if judge else [None] * len(some)
+        truths = [None] * len(some)
+        if judge:
+            truths = score_responses([judge], rollout, some)[0].tolist()
         logprobs, ref_logprobs, _, _ = evaluate_tokens(
             policy, None, ref_policy, rollout, cfg.temperature, cfg.microbatch_size
         )
@@ -758,7 +762,7 @@ def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
 
 
 def measure_scales(run, policy, ref_policy, tokenizer, scorers, rows):
-    """Normalizes scorers that have no scale, by their scores of the SFT policy's responses.
+    """Normalizes scorers that have no scale, by their scores on the SFT policy's responses.
 
     Returns {reward: (mean, std)}, which checkpoints keep: a resumed run must use the same.
     """
@@ -775,7 +779,7 @@ def measure_scales(run, policy, ref_policy, tokenizer, scorers, rows):
 
 
 def log_evaluation(run, samples, baseline):
-    """Writes the `eval` row, and 16 samples beside the SFT policy's."""
+    """Writes the `eval` row, and 16 samples next to the SFT policy's."""
     run.log({"split": "eval", "iteration": run.step} | summarize(samples, baseline))
     for sample, old in list(zip(samples, baseline))[:16]:
         extra = {"sft_response": old["response"]}
@@ -783,7 +787,7 @@ def log_evaluation(run, samples, baseline):
 
 
 def summarize(samples, baseline):
-    """Returns means over samples, and the share of prompts where they win against the SFT policy's,
+    """Returns means over samples, and the share of prompts on which they beat the SFT policy's,
     ties counting half: by the true reward if there is a judge, else by the score.
     """
     has_judge = samples[0]["true_reward"] is not None
@@ -791,19 +795,18 @@ def summarize(samples, baseline):
     wins = 0.0
     for sample, old in zip(samples, baseline):
         wins += (sample[key] > old[key]) + 0.5 * (sample[key] == old[key])
-    means = {}
-    for name in ("score", "true_reward", "kl"):
-        is_known = has_judge or name != "true_reward"
-        total = sum(sample[name] for sample in samples) if is_known else None
-        means[name] = total / len(samples) if is_known else None
-    return means | {"win_rate": wins / len(samples)}
+    row = {"score": None, "true_reward": None, "kl": None}
+    for name in {"score", key, "kl"}:
+        row[name] = sum(sample[name] for sample in samples) / len(samples)
+    return row | {"win_rate": wins / len(samples)}
 
 
 def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows):
-    """On CUDA, takes the largest batch through all phases, so that memory fails in the first minute.
+    """On CUDA, runs the largest batch once, so that a lack of memory shows in the first minute.
 
-    The longest prompt with responses of full length is sampled, scored and taken through a backward
-    pass, beside all that Adam will keep. Nothing is learned, and no random number is used up.
+    The longest prompt with responses of full length is sampled, scored by models that read tokens
+    and taken through a backward pass, beside Adam's moments. Nothing is learned, and the random
+    state is unchanged.
     """
     cfg, settings = run.cfg, policy.generation_config
     if run.device.type != "cuda":
@@ -812,7 +815,7 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight)
-    optimizer.step()  # with gradients of 0 it moves nothing
+    optimizer.step()  # zero gradients change no weight
     optimizer.zero_grad()
     run.phase("evaluation")
     longest = max(rows, key=lambda row: len(row.prompt_ids))
@@ -822,7 +825,7 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         torch.Generator(),
     )
     settings.eos_token_id = eos_ids
-    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # most micro-batches need a mask
+    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # most micro-batches have padding
     for scorer in scorers:
         if scorer.reads_tokens:
             scorer(rollout.tokens, rollout.attention_mask, None, None)
@@ -852,19 +855,19 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
     return {
         "score": scores.mean().item(),  # before the EOS penalty; rises
         "score_parts": score_parts.mean(1).tolist(),  # of each --reward, in their order
-        "score_std": scores.std(correction=0).item(),  # shrinks; near 0 nothing is left to learn
+        "score_std": scores.std(correction=0).item(),  # shrinks; near 0: all responses score alike
         "true_reward": None if true_rewards is None else true_rewards.mean().item(),
-        "kl_k3": (torch.exp(-token_kl) - 1 + token_kl).sum(1).mean().item(),  # as kl, but never < 0
-        "entropy": entropies[mask].mean().item(),  # nats per token; near 0: one answer to all
-        "response_length": mask.sum(1).float().mean().item(),  # tokens; no sudden trend
+        "kl_k3": (torch.exp(-token_kl) - 1 + token_kl).sum(1).mean().item(),  # as kl, never < 0
+        "entropy": entropies[mask].mean().item(),  # nats per token; near 0: always one answer
+        "response_length": mask.sum(1).float().mean().item(),  # tokens; should not jump
         "eos_rate": finished.float().mean().item(),  # near 1
-        "explained_variance": 1 - unexplained.item(),  # of the returns by V; below 0 at first
+        "explained_variance": 1 - unexplained.item(),  # by V; may start below 0, then rises
     }
 
 
 def update_metrics(steps):
-    """Returns the means over optimizer steps of all statistics that the loop recorded, and two of
-    the first step, before any update, where the policy must still be pi_old.
+    """Returns means over optimizer steps of all statistics that the loop recorded, and two values
+    of the first step, when the policy is still pi_old.
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
     2020, "Approximating KL divergence"). It is about one update, `kl` about the whole run. Healthy:
@@ -877,31 +880,31 @@ def update_metrics(steps):
     del means["ratio"]
     return means | {
         "ratio_first": float(steps[0]["ratio"]),  # 1 up to rounding
-        "approx_kl_first": float(steps[0]["approx_kl"]),  # 0 up to rounding; a mean hides noise
-        "optimizer_steps": len(steps),  # skipped ones too; with --max-approx-kl, one not taken
+        "approx_kl_first": float(steps[0]["approx_kl"]),  # 0 up to rounding
+        "optimizer_steps": len(steps),  # includes skipped ones
     }
 
 
 def run_metrics(run, response_mask):
-    """Returns counters, seconds per phase, response tokens per second, and memory (GB: 10^9)."""
+    """Returns counters, learning rate, seconds per phase, response tokens per second and memory."""
     seconds, peak = run.phase("evaluation"), harness.peak_memory(run.device)
     return {
         "iteration": run.step,
         "episodes": run.step * run.cfg.batch_size,  # responses sampled so far
         "kl_target": run.cfg.kl_target,
         "lr": run.schedule.get_last_lr()[0],  # the policy's; falls linearly to 0
-        "skipped_steps": run.num_skipped,  # optimizer steps without a finite gradient; 0
+        "skipped_steps": run.num_skipped,  # without a finite gradient; should be 0
         "seconds_rollout": seconds["rollout"],
         "seconds_score": seconds["score"] + seconds["log-probabilities"],
         "seconds_update": seconds["backward"] + seconds["optimizer step"],
         "tokens_per_second": response_mask.sum().item() / sum(seconds.values()),
-        "peak_memory_gb": peak and peak / 1e9,  # CUDA: of tensors; else of the process
+        "peak_memory_gb": peak and peak / 1e9,  # CUDA: tensors only; else the whole process
     }
 
 
 # Mean |log pi as sampled - log pi recomputed|, in nats per token: ten times what
 # tests/test_families.py finds in the worst of its families, for float32 and for bf16. Above
-# MAX_GAP nothing may be learned.
+# MAX_GAP a run does not start.
 SAMPLER_GAP, SAMPLER_GAP_BF16, MAX_GAP = 2.1e-5, 0.28, 0.5
 
 
@@ -910,35 +913,35 @@ def check_sampler(run, policy, rollout, logprobs):
     gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
-        raise UserError(f"{what}: a {type(policy).__name__} can't be sampled with a cache here")
+        raise UserError(f"{what}: a {type(policy).__name__} decodes otherwise than it learns")
     if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
-        causes = "a cache that rounds, experts that flip: is it gone with --dtype float32?"
+        causes = "a cache that rounds, MoE routing that flips; try --dtype float32"
         run.warn("sampler", f"{what}. Usual causes: {causes}")
     return gap
 
 
 def warn_if_unhealthy(run):
-    """Warns, once per symptom, of what looks wrong in the last row of metrics."""
+    """Warns, once per symptom, about what looks wrong in the last row of metrics."""
     row, last_ten = run.history[-1], run.history[-10:]
     ten = len(last_ten) == 10
     unexplained = ten and all((old["explained_variance"] or 0) < -0.05 for old in last_ten)
     target = row["kl_target"] or math.inf
-    missed = ten and all(old["kl"] > 1.5 * target for old in last_ten)
+    missed = ten and all((old["kl"] or 0) > 1.5 * target for old in last_ten)
     first_kl = row["approx_kl_first"]
-    rules = (  # is it seen, name, symptom, usual causes
+    rules = (  # condition, name, symptom, usual causes
         (not first_kl <= 1e-3 or abs(row["ratio_first"] - 1) > 1e-2, "ratio",
          f"the first ratios are not 1 (approx_kl {first_kl:.2g})",
-         "dropout on; rounding: is it gone with --dtype float32?"),
+         "dropout on; rounding, try --dtype float32"),
         (row["eos_rate"] < 0.5, "eos", f"only {row['eos_rate']:.0%} of the responses finish",
          "--response-length too short; SFT on texts without EOS; another EOS id"),
         (row["response_length"] < 5, "length", f"{row['response_length']:.1f} tokens per response",
          "a reward that favors short texts; prompts that end in EOS; --kl-coef too small"),
-        (row["score_std"] < 0.01, "score", f"standard deviation of the score {row['score_std']:.2g}",
+        (row["score_std"] < 0.01, "score", f"standard deviation of scores {row['score_std']:.2g}",
          "one answer to every prompt; a constant reward; an untrained reward head"),
         (row["kl"] > 50, "far", f"KL {row['kl']:.0f} nats per response",
          "--kl-coef too small; --lr too high; if the score still rises, reward hacking"),
         (row["approx_kl"] > 0.2, "overshoot", f"approx_kl {row['approx_kl']:.2g}, far too much",
-         "--lr too high, 0.3 of it may do; too many --ppo-epochs; see --max-approx-kl"),
+         "--lr too high, try a third of it; too many --ppo-epochs; see --max-approx-kl"),
         (missed, "target", f"KL {row['kl']:.1f}, far above --kl-target for 10 iterations",
          "--lr too high; --kl-coef too small to start from; --kl-horizon too long"),
         (row["kl"] < -0.1 - 0.2 * row["kl_k3"], "negative", f"KL {row['kl']:.2f}, negative",
@@ -946,7 +949,7 @@ def warn_if_unhealthy(run):
         (unexplained, "critic", "explained variance below 0 for 10 iterations",
          "--critic-lr too high or too low; a reward that is noise given the prompt"),
         (row["skipped_steps"] > 0, "gradient", "a gradient was not finite, its step was skipped",
-         "--lr too high; rewards of enormous size"),
+         "--lr too high; very large rewards"),
     )
     for is_seen, name, symptom, causes in rules:
         if is_seen:
@@ -955,7 +958,7 @@ def warn_if_unhealthy(run):
 
 # === Not the algorithm: what is printed ===========================================================
 def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, num_prompts, num_held_out):
-    """Prints the models, what rewards the policy, the batch arithmetic and the learning rates."""
+    """Prints the models, the rewards, the arithmetic of the batches and the learning rates."""
     models = [("policy", policy), ("ref policy", ref_policy), ("critic", critic)]
     models += [("reward", scorer.model) for scorer in scorers if scorer.model is not None]
     harness.print_models(models)
@@ -974,7 +977,7 @@ def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, num_prompts
 def explain_response(tokenizer, batch, rewards, advantages, row=0):
     """Returns one response as a table: the score is at the last token, advantages carry it back."""
     columns = {
-        "log pi": batch.logprobs, "log pi_0": batch.ref_logprobs,
+        "log pi": batch.logprobs, "log ref": batch.ref_logprobs,
         "KL": batch.logprobs - batch.ref_logprobs, "V": batch.values, "reward": rewards,
         "advant.": advantages, "return": batch.returns,
     }

@@ -62,15 +62,15 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     save_every: Count = arg(500, "optimizer steps between checkpoints")
 
     model: str = arg("ckpt/sft", "causal LM, or a reward model to train further")
-    data: list[str] | None = arg(None, "JSONL files of pairs (default: the embedded preferences)")
-    eval_data: list[str] | None = arg(None, "held-out pairs (default: up to 512 of --data, a tenth)")
+    data: list[str] | None = arg(None, "JSONL files of pairs; None: the embedded preferences")
+    eval_data: list[str] | None = arg(None, "held-out pairs; None: a tenth of --data")
     max_prompt_length: Count = arg(512, "tokens; pairs with longer prompts are dropped and counted")
     response_length: Count = arg(512, "tokens with EOS; pairs with longer ones are dropped, too")
 
     epochs: Count = arg(1, "passes over the pairs; 1")
     batch_size: Count = arg(32, "pairs per optimizer step")
     microbatch_size: Count = arg(32, "pairs in memory at a time; changes no gradient")
-    lr: Share | None = arg(None, "peak learning rate (default: by model size)")
+    lr: Share | None = arg(None, "peak learning rate; None: by model size")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
     weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
@@ -132,7 +132,7 @@ def split_texts(chosen, rejected):
 
 
 def split_chats(chosen, rejected):
-    """Returns (common messages, rest of chosen, rest of rejected); the assistant begins the rests."""
+    """Returns (common messages, rest of chosen, rest of rejected), rests by the assistant."""
     for rest in (chosen, rejected):
         if rest[-1]["role"] != "assistant":
             raise ValueError("has a chat that does not end with the assistant's message")

@@ -54,8 +54,8 @@ class FunctionScorer:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"{self.spec} failed: {type(error).__name__}: {error} ({place.filename} line "
-                f"{place.lineno}); it is called as function(prompts, responses, rows) and returns a "
-                "list with one number per response"
+                f"{place.lineno}); it is called as function(prompts, responses, rows) and returns "
+                "one number per response"
             ) from error
         finally:
             if signals:

@@ -54,16 +54,16 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     output: str = arg("ckpt/sft", "folder for the trained policy and the logs")
     save_every: Count = arg(500, "optimizer steps between checkpoints")
 
-    model: str | None = arg(None, "causal LM (default: a tiny Llama, trained from scratch)")
-    data: list[str] | None = arg(None, "JSONL files (default: the embedded demonstrations)")
-    eval_data: list[str] | None = arg(None, "held-out rows (default: up to 512 of --data, a tenth)")
+    model: str | None = arg(None, "causal LM; None: a tiny Llama, trained from scratch")
+    data: list[str] | None = arg(None, "JSONL files; None: the embedded demonstrations")
+    eval_data: list[str] | None = arg(None, "held-out rows; None: a tenth of --data")
     max_prompt_length: Count = arg(512, "tokens; rows with longer prompts are dropped and counted")
     response_length: Count = arg(512, "tokens with EOS; rows with longer ones are dropped, too")
 
     epochs: Count = arg(4, "passes over the data; 1 to 3 for a pretrained model")
     batch_size: Count = arg(16, "sequences per optimizer step")
     microbatch_size: Count = arg(16, "sequences in memory at a time; changes no gradient")
-    lr: Share | None = arg(None, "peak learning rate (default: by model size)")
+    lr: Share | None = arg(None, "peak learning rate; None: by model size")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
     weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
@@ -145,7 +145,7 @@ def collate(examples, pad_id):
 def completion_nll(model, tokens, attention_mask, completion_mask):
     """Returns the sum over completion tokens of -log pi(y_t | x, y_<t), a scalar in nats.
 
-    It is a sum and not a mean, because the micro-batches of a step add up and the step divides once.
+    It is a sum and not a mean: the micro-batches of a step add up, and the step divides once.
     """
     tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)
     logits = common.forward(model, tokens, attention_mask).logits  # (B, T, vocabulary)
