@@ -6,6 +6,7 @@ Shapes    B rows, T columns of tokens. In sampling, P of the columns are prompt 
 
 import collections
 import copy
+import functools
 import inspect
 import json
 import math
@@ -102,7 +103,8 @@ def check_model(model):
     Two forward passes give the same numbers (else they are two policies). A row's numbers depend
     neither on the padding beside it nor on later tokens. A causal LM can be sampled from.
     """
-    is_scalar, name = has_token_head(model), f"a {type(model).__name__}"
+    is_scalar = has_token_head(model)
+    name = f"a {type(model).__name__}"
     trunk = model.base_model if is_scalar else model
     tokens = torch.arange(3, 67, device=model.device).view(2, 32)
     tokens %= model.get_input_embeddings().num_embeddings
@@ -114,8 +116,10 @@ def check_model(model):
         return (output.last_hidden_state if is_scalar else output.logits).float()
 
     try:
-        whole, again = read(slice(2), slice(32)), read(slice(2), slice(32))
-        alone, beginning = read(slice(1, 2), slice(9, 32)), read(slice(1), slice(20))
+        whole = read(slice(2), slice(32))
+        again = read(slice(2), slice(32))
+        alone = read(slice(1, 2), slice(9, 32))
+        beginning = read(slice(1), slice(20))
         if not is_scalar:
             generate_responses(model, tokens, mask, 2, 1.0, torch.Generator())
     except Exception as error:  # each family has its own
@@ -191,7 +195,8 @@ def parts_by_length(attention_mask, index, size):
     parts of up to `size`. The slice leaves out columns that are padding in all of a part's rows.
     Under torchrun each process gets its share of the rows.
     """
-    device, attention_mask = attention_mask.device, attention_mask.cpu()
+    device = attention_mask.device
+    attention_mask = attention_mask.cpu()
     by_length = attention_mask[index].sum(1).argsort(stable=True)
     rows = share(index[by_length])
     for part in rows.split(size) if len(rows) else ():
@@ -222,7 +227,8 @@ def set_template_arguments(tokenizer, text):
     """Writes the JSON object of --chat-template-kwargs into the chat template as its defaults, so
     that they hold in later stages, pipelines and servers as well.
     """
-    flag, templates = f"--chat-template-kwargs {text}", tokenizer.chat_template or ""
+    flag = f"--chat-template-kwargs {text}"
+    templates = tokenizer.chat_template or ""
     templates = dict(templates) if isinstance(templates, dict) else {"": templates}
     try:
         arguments = json.loads(text).items()
@@ -256,7 +262,9 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
 
     Raises ValueError if there is no template, if it does not accept the chat or drops words.
     """
-    before, opening, text = [], prompt, response
+    before = []
+    opening = prompt
+    text = response
     if not isinstance(prompt, str):
         opening, text = render_response(tokenizer, prompt, response, tools, may_drop)
     elif response is not None and not isinstance(response, str):
@@ -273,7 +281,7 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
     reply = ids_after(tokenizer, opening, text)
     ends = {tokenizer.eos_token_id, *eos_ids} - {None}
     last = len(reply)  # one past the last word: what follows is EOS and white space
-    while last > 0 and (reply[last - 1] in ends or not tokenizer.decode(reply[last - 1]).strip()):
+    while last > 0 and (reply[last - 1] in ends or is_blank(tokenizer, reply[last - 1])):
         last -= 1
     if last == 0:
         notes["with an empty response, of which only the EOS is left"] += 1
@@ -281,6 +289,11 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
         if reply[i] in ends:
             return prompt_ids, reply[: i + 1]
     return prompt_ids, reply + [id for id in [tokenizer.eos_token_id] if id is not None]
+
+
+@functools.cache
+def is_blank(tokenizer, id):  # remembered, as a text may end in a thousand spaces
+    return not tokenizer.decode(id).strip()
 
 
 def decode(tokenizer, prompt_ids, response_ids):
@@ -482,7 +495,8 @@ def load_classifier(path, made_by=None, **options):
     if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
-    classes, causal_lms = AutoModelForSequenceClassification, AutoModelForCausalLM._model_mapping
+    classes = AutoModelForSequenceClassification
+    causal_lms = AutoModelForCausalLM._model_mapping
     has_code = "AutoModelForSequenceClassification" in getattr(config, "auto_map", {})
     if type(config) not in classes._model_mapping and type(config) in causal_lms and not has_code:
         kind = causal_lms[type(config)]

@@ -277,7 +277,8 @@ def hold_out(rows, most, seed, prompt_of):
             chosen |= dict.fromkeys(group)
     rest = [i for i in order if i not in chosen]
     chosen |= dict.fromkeys(rest[: max(0, number - len(chosen))])
-    training, held_out = [rows[i] for i in order if i not in chosen], [rows[i] for i in chosen]
+    training = [rows[i] for i in order if i not in chosen]
+    held_out = [rows[i] for i in chosen]
     report_overlap(training, held_out, prompt_of)
     return training, held_out
 
@@ -296,7 +297,8 @@ def convert(rows, encode, name=None):
     `encode(row)` yields examples, or a string: why one is dropped. Its ValueError, worded to follow
     the row's place, becomes a UserError.
     """
-    examples, dropped = [], collections.Counter()
+    examples = []
+    dropped = collections.Counter()
     common.notes.clear()
     for row in tqdm(rows, desc="tokenize", delay=2, leave=False):
         try:
@@ -438,13 +440,22 @@ class Run:
         higher --iterations), its state is kept after the end.
         """
         transformers.set_seed(cfg.seed)
-        self.cfg, self.device = cfg, pick_device(cfg.device)
+        self.cfg = cfg
+        self.device = pick_device(cfg.device)
         join_processes(cfg, self.device)
         self.folder = pathlib.Path(os.path.realpath(cfg.output))
         self.logger = load_function(cfg.log) if cfg.log else None
-        self.can_be_extended, self.state, self.inputs = can_be_extended, {}, {}
-        self.step, self.history, self.warned, self.stop_signal = 0, [], set(), 0
-        self.num_skipped, self.skipped_in_a_row, self.seconds = 0, 0, collections.Counter()
+        self.can_be_extended = can_be_extended
+        self.state = {}
+        self.inputs = {}
+        self.step = 0
+        self.history = []
+        self.warned = set()
+        self.stop_signal = 0
+        self.num_skipped = 0
+        self.skipped_in_a_row = 0
+        self.generator = torch.Generator()  # of a stage's loop: nothing else draws from it
+        self.seconds = collections.Counter()
         self.entered = ("loading", time.perf_counter())
         current["phase"] = "loading"
         for name in INPUTS:
@@ -461,7 +472,8 @@ class Run:
         saved = read_args(self.folder)
         if cfg.resume and saved:
             self.read_state(saved, {*MAY_CHANGE, *may_change})
-        self.done, self.kept = self.state.get("step", 0), self.state.get("kept", {})
+        self.done = self.state.get("step", 0)
+        self.kept = self.state.get("kept", {})
         if cfg.resume and saved.get("finished"):
             if not can_be_extended or self.done >= cfg.iterations:
                 how = "a higher --iterations continues it, " if can_be_extended else ""
@@ -494,7 +506,8 @@ class Run:
         if folder != self.folder or (folder / "state.pt").exists():
             try:
                 self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                inputs, log_sizes = self.state["inputs"], self.state["log_sizes"]
+                inputs = self.state["inputs"]
+                log_sizes = self.state["log_sizes"]
             except Exception as error:  # torch has many kinds
                 common.explain(error, f"can't resume {folder}")
             for name, size in log_sizes.items():
@@ -515,9 +528,13 @@ class Run:
 
         `models` is {name: model}, each loaded from its flag. Nothing is written before this.
         """
-        self.tokenizer, self.models = tokenizer, models
-        self.optimizer, self.schedule = optimizer, schedule
-        state, self.state = self.state, {}
+        self.tokenizer = tokenizer
+        self.models = models
+        self.optimizer = optimizer
+        self.schedule = schedule
+        state = self.state
+        self.state = {}
+        self.generator.set_state(state.get("generator", torch.get_rng_state()))
         if self.done:
             for name, model in models.items():
                 model.load_state_dict(state["weights"][name], strict=False)
@@ -559,7 +576,8 @@ class Run:
 
         Ctrl-C and SIGTERM finish the step, save and stop; a second signal stops at once.
         """
-        process, previous = os.getpid(), {}
+        process = os.getpid()
+        previous = {}
 
         def ask_to_stop(number, frame):
             if not IS_TORCHRUN or os.getpid() != process:  # torchrun repeats the signal by itself
@@ -573,20 +591,24 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, ask_to_stop)
         self.num_steps = num_steps
-        script, batches = sys.argv[0], itertools.islice(batches, self.done, num_steps)
+        script = sys.argv[0]
+        batches = itertools.islice(batches, self.done, num_steps)
         self.bar = tqdm(batches, pathlib.Path(script).stem, num_steps, initial=self.done)
-        for self.step, batch in enumerate(self.bar, self.done + 1):
-            self.seconds.clear()
-            self.num_skipped, self.entered = 0, ("step", time.perf_counter())
-            yield self.step, batch
-            if self.stopping and self.step < num_steps:
-                self.bar.close()
-                command = shlex.join([script, "--resume", "--output", self.cfg.output])
-                start = "torchrun ..." if IS_TORCHRUN else "python"
-                print(f"\nstopped; to go on: {start} {command}", file=sys.stderr)
-                sys.exit(128 + self.stopping)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        try:
+            for self.step, batch in enumerate(self.bar, self.done + 1):
+                self.seconds.clear()
+                self.num_skipped = 0
+                self.entered = ("step", time.perf_counter())
+                yield self.step, batch
+                if self.stopping and self.step < num_steps:
+                    self.bar.close()
+                    command = shlex.join([script, "--resume", "--output", self.cfg.output])
+                    start = "torchrun ..." if IS_TORCHRUN else "python"
+                    print(f"\nstopped; to go on: {start} {command}", file=sys.stderr)
+                    sys.exit(128 + self.stopping)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def phase(self, name):
         """Begins a phase: its seconds are counted. Returns the seconds of this step's phases."""
@@ -653,7 +675,8 @@ class Run:
         self.phase("checkpoint")
         if RANK > 0:
             return
-        target, older = self.folder / f"checkpoint-{self.step}", checkpoints(self.folder)
+        target = self.folder / f"checkpoint-{self.step}"
+        older = checkpoints(self.folder)
         partial = self.folder / f"{target.name}.partial"
         try:
             self.write_checkpoint(partial, kept)
@@ -677,6 +700,7 @@ class Run:
             "step": self.step, "kept": kept, "inputs": self.inputs, "weights": weights,
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
             "random": random.getstate(), "torch_random": torch.get_rng_state(),
+            "generator": self.generator.get_state(),
             "log_sizes": {log.name: log.stat().st_size for log in logs},
         }
         torch.save(state, folder / "state.pt")

@@ -1,19 +1,14 @@
 """The curves of one or several runs of a stage, as one picture.
 
-Draws     ppo.py            score and true reward by iteration and by KL; KL and beta; response
-                            length and EOS rate; both losses; explained variance; update size
-          reward_model.py   loss, accuracy, learning rate
-          sft.py            loss, learning rate
+Draws     the panels of PANELS for which the runs have numbers
 Reads     the metrics.jsonl of each run. Lines are training batches, markers are held-out data.
           Nothing is smoothed; a null, which stands for a number that was not finite, is a gap.
 Needs     matplotlib, which only this file uses: pip install matplotlib
 Run       python plot.py ckpt/ppo
           python plot.py ckpt/ppo ckpt/ppo_beta0 --output curves.png
-          python plot.py ckpt/ppo ckpt/ppo_beta0 --panels 1 --output hacking.png
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -21,13 +16,10 @@ import pathlib
 from typing import NamedTuple
 
 from common import UserError
-from plumbing import cli
 
 
 # === 1. What is drawn =============================================================================
 class Panel(NamedTuple):
-    """One pair of axes."""
-
     title: str  # what to see, or what is healthy
     metrics: dict  # {key: name}; the first is a solid line, the second a dashed one
     label: str  # of the left axis, with its unit
@@ -70,8 +62,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 
 # === 2. Reading ===================================================================================
 class Run(NamedTuple):
-    """What has one colour."""
-
     name: str
     stage: str  # a key of PANELS
     training: list  # rows
@@ -79,21 +69,22 @@ class Run(NamedTuple):
 
 
 def run_names(files):
-    """The shortest ends of the runs' paths that tell them apart: ppo, sft, or a/ppo, b/ppo."""
+    """Returns the shortest ends of paths that tell the runs apart: ppo, sft, or a/ppo, b/ppo."""
     runs = [file.parent if file.name == "metrics.jsonl" else file for file in files]
     paths = [pathlib.Path(os.path.abspath(run)).parts for run in runs]
     names = []
     for run, path in zip(runs, paths):
         if paths.count(path) > 1:
             raise UserError(f"{run} is given twice; name each run once")
-        ends = [path[-length:] for length in range(1, len(path) + 1)]
-        own = [end for end in ends if sum(other[-len(end) :] == end for other in paths) == 1]
-        names.append(os.fsencode(os.path.join(*own[0])).decode(errors="replace"))
+        length = 1
+        while sum(other[-length:] == path[-length:] for other in paths) > 1:
+            length += 1
+        names.append(os.path.join(*path[-length:]))
     return names
 
 
 def parse_row(line, where):
-    """One line of a metrics.jsonl as a dict, with a float or None for each metric of a panel."""
+    """Returns a line of a metrics.jsonl as a dict, with a float or None for each metric."""
     try:
         row = json.loads(line, parse_int=float, parse_constant=lambda name: None)
     except (ValueError, RecursionError) as error:
@@ -107,17 +98,16 @@ def parse_row(line, where):
 
 
 def has(rows, key):
-    """Whether one of the rows has a number under this key."""
+    """Returns whether one of the rows has a number under this key."""
     return any(row.get(key) is not None for row in rows)
 
 
 def read_run(file, name):
-    """A metrics.jsonl as a Run."""
+    """Returns a metrics.jsonl as a Run."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        hint = "name the output folder of a run, such as ckpt/ppo"
-        raise UserError(f"can't read {file}: {error.strerror}; {hint}") from None
+        raise UserError(f"can't read {file}: {error.strerror}; name a run, like ckpt/ppo") from None
     rows = [parse_row(line, f"{file} line {number}") for number, line in enumerate(lines, 1)]
     training = [row for row in rows if "split" not in row]
     if not training:
@@ -130,27 +120,27 @@ def read_run(file, name):
 
 
 def read_runs(paths):
-    """The runs of one picture: of one stage, and no more than there are colours."""
+    """Returns the runs of one picture: of one stage, and no more than there are colours."""
     if len(paths) > len(COLOURS):
         raise UserError(f"{len(paths)} runs are too many to tell apart; give up to {len(COLOURS)}")
     paths = [pathlib.Path(path) for path in paths]
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
-    first, *others = runs = [read_run(file, name) for file, name in zip(files, run_names(files))]
-    for run in others:
-        if run.stage != first.stage:
-            kinds = f"{first.name} is a run of {first.stage} and {run.name} one of {run.stage}"
+    runs = [read_run(file, name) for file, name in zip(files, run_names(files))]
+    for run in runs:
+        if run.stage != runs[0].stage:
+            kinds = f"{runs[0].name} is a run of {runs[0].stage} and {run.name} one of {run.stage}"
             raise UserError(f"{kinds}; draw them in two pictures")
     return runs
 
 
 # === 3. Drawing ===================================================================================
 def points(rows, x, y):
-    """Two lists for a curve; nan, where matplotlib leaves a gap, for null and for no such key."""
+    """Returns two lists for a curve, with nan, for which matplotlib leaves a gap, for no number."""
     return [[math.nan if row.get(key) is None else row[key] for row in rows] for key in (x, y)]
 
 
 def draw_panel(axes, panel, runs):
-    """A colour per run, a line style per metric, and the legend above the data."""
+    """Draws a colour per run and a line style per metric, with the legend above the data."""
     from matplotlib.lines import Line2D
 
     legend = []
@@ -174,7 +164,6 @@ def draw_panel(axes, panel, runs):
         look |= {"color": "0.3", "linestyle": style, "markerfacecolor": inside, "label": name}
         legend.append(Line2D([], [], **look))
     title = panel.title if len(legend) == len(panel.metrics) else legend[0].get_label()
-    title += " by KL" if panel.x == "kl" and title != panel.title else ""
     axes.set_title(title, loc="left", pad=25, fontsize=11, fontweight="bold")
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.03), "borderpad": 0, "borderaxespad": 0}
     axes.legend(handles=legend, ncols=2, frameon=False, **place)
@@ -189,19 +178,20 @@ def draw_panel(axes, panel, runs):
 
 
 def draw(runs, number=None):
-    """The (first number of) panels as a matplotlib Figure, without pyplot: no global state."""
+    """Returns the first panels, or all, as a matplotlib Figure; no pyplot, so no display."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
         raise UserError("plot.py needs the package matplotlib; pip install matplotlib") from None
     rows = [row for run in runs for row in run.training + run.held_out]
-    is_logged = lambda panel: has(rows, panel.x) and any(has(rows, key) for key in panel.metrics)
-    panels = list(filter(is_logged, PANELS[runs[0].stage]))[:number]
+    panels = [
+        panel for panel in PANELS[runs[0].stage]
+        if has(rows, panel.x) and any(has(rows, key) for key in panel.metrics)
+    ][:number]
     odd, height = len(panels) % 2, math.ceil(len(panels) / 2)
     heights = [1 + 0.4 * odd] + [1] * (height - 1)  # of an odd number, the first is large
     figure = Figure(figsize=(9.5, 0.5 + 2.5 * sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.07)
     grid = figure.add_gridspec(height, 2, height_ratios=heights)
     cells = [grid[0, :]] * odd + [grid[i // 2, i % 2] for i in range(2 * odd, 2 * height)]
     for cell, panel in zip(cells, panels):
@@ -214,41 +204,22 @@ def draw(runs, number=None):
     return figure
 
 
-def save(figure, output):
-    """Write the PNG beside its place and move it there: an old one only goes for a whole one."""
-    fresh = f"{output}.new"
-    try:
-        figure.savefig(fresh, format="png", dpi=180)
-        os.replace(fresh, output)
-    except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(fresh)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors become one line like all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def main(argv=None):
-    """From the command line to the PNG."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="output folder of a stage, or a metrics.jsonl")
     parser.add_argument("--output", default="curves.png", help="PNG file (default: %(default)s)")
-    parser.add_argument("--panels", type=int, metavar="N", help="only the first N (default: all)")
-    args = parser.parse_args(argv)
-    if args.panels is not None and args.panels < 1:
-        raise UserError(f"--panels {args.panels} draws nothing; give 1 or more")
-    if not args.output.lower().endswith(".png"):
-        raise UserError(f"--output {args.output!r} is no PNG; give a name that ends in .png")
-    save(draw(read_runs(args.run), args.panels), args.output)
+    parser.add_argument("--panels", type=int, choices=range(1, 8), help="only so many (default: all)")
+    args = parser.parse_args()
+    try:
+        if not args.output.lower().endswith(".png"):
+            raise UserError(f"--output {args.output!r} is no PNG; give a name that ends in .png")
+        draw(read_runs(args.run), args.panels).savefig(args.output, dpi=180)
+    except UserError as error:
+        parser.exit(2, f"plot.py: error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"plot.py: error: can't write {args.output}: {error.strerror}\n")
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    with cli.command_line():
-        main()
+    main()

@@ -161,7 +161,7 @@ def check_config(cfg):
         if cfg.batch_size % getattr(cfg, name):
             what = f"--batch-size {cfg.batch_size} is not a multiple of {harness.flag_of(name)}"
             raise UserError(f"{what} {getattr(cfg, name)}")
-    if cfg.prompts is not None:
+    if cfg.prompts is not None:  # the user's own; else the embedded world
         return cfg
     return dataclasses.replace(
         cfg, prompts=[str(DATA / "prompts.jsonl")],
@@ -171,37 +171,15 @@ def check_config(cfg):
 
 
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
-# FORK: to use other prompt data, build rows with a "prompt" here.
-def load_prompts(cfg, tokenizer):
-    """Returns (rows, held-out rows) short enough, each with its token ids as `row.prompt_ids`."""
-
-    def encode(row):
-        row.unread = ()  # none: a reward function may read any key
-        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
-        problem = harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty"
-        yield problem or row
-
-    formats = [("prompt",)]
-    rows = harness.convert(harness.read_rows(cfg.prompts, formats), encode)
-    if cfg.eval_prompts is None:
-        return harness.hold_out(rows, 128, cfg.seed, prompt_of)
-    eval_rows = harness.read_rows(cfg.eval_prompts, formats)
-    harness.report_overlap(rows, eval_rows, prompt_of)
-    return rows, harness.convert(eval_rows, encode, "held out")
-
-
-def prompt_of(row):
-    return row["prompt"]
-
-
 def endless_batches(rows, batch_size, samples_per_prompt, rng):
     """Yields batches of rows endlessly: all rows in random order, then again in another order. In a
     batch each row is repeated `samples_per_prompt` times in a row.
     """
-    order, num_prompts = [], batch_size // samples_per_prompt
+    order = []  # rows still to come
+    num_prompts = batch_size // samples_per_prompt
     while True:
         while len(order) < num_prompts:
-            order += rng.sample(rows, len(rows))
+            order += rng.sample(rows, len(rows))  # one more pass over all rows
         yield [row for row in order[:num_prompts] for _ in range(samples_per_prompt)]
         order = order[num_prompts:]
 
@@ -239,19 +217,19 @@ def sample_responses(policy, tokenizer, prompt_rows, response_length, temperatur
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
     prompt_ids = [row.prompt_ids for row in prompt_rows]
     prompts, prompt_mask = common.pad(prompt_ids, settings.pad_token_id, "left")  # (B, P)
-    prompts, prompt_mask = prompts.to(policy.device), prompt_mask.to(policy.device)
+    prompts, prompt_mask = prompts.to(policy.device), prompt_mask.to(policy.device)  # (B, P)
     response, sampled_logprobs = common.generate_responses(
         policy, prompts, prompt_mask, response_length, temperature, generator
     )  # (B, R) each
     response_mask = mask_through_first_eos(response, settings.eos_token_id)  # (B, R)
     eos_ids = torch.tensor(settings.eos_token_id, device=response.device)
     finished = torch.isin(response, eos_ids).any(1)  # (B,)
-    texts = []
+    texts = []  # one string per response
     for i, length in enumerate((response_mask.sum(1) - finished.long()).tolist()):  # without EOS
         texts.append(common.decode(tokenizer, prompt_ids[i], response[i, :length].tolist()))
     return Rollout(
-        tokens=torch.cat([prompts, response], 1),
-        attention_mask=torch.cat([prompt_mask, response_mask], 1),
+        tokens=torch.cat([prompts, response], 1),  # (B, P+R)
+        attention_mask=torch.cat([prompt_mask, response_mask], 1),  # (B, P+R)
         response_mask=response_mask,
         finished=finished,
         sampled_logprobs=sampled_logprobs,
@@ -271,7 +249,7 @@ def score_responses(scorers, rollout, prompt_rows):
     scores = []
     for scorer in scorers:
         scores.append(scorer(rollout.tokens, rollout.attention_mask, prompt_rows, rollout.texts))
-    return torch.stack(scores)
+    return torch.stack(scores)  # (S, B)
 
 
 # === 3. Log-probabilities and values: log pi_old, log pi_ref, V_old at every response token =======
@@ -291,8 +269,8 @@ def token_logprobs(logits, tokens, temperature, with_entropy):
     all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
     logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, R)
     if not with_entropy:
-        return logprobs, torch.zeros_like(logprobs)
-    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
+        return logprobs, torch.zeros_like(logprobs)  # a pass over the vocabulary less
+    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)  # (b, R): the exact entropy
 
 
 def forward_responses(
@@ -309,7 +287,7 @@ def forward_responses(
         token      ...  x     x      y_0  y_1  ...  y_{R-2}   y_{R-1}
         predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}   (dropped)
     """
-    is_shared = isinstance(critic, ValueHead)
+    is_shared = isinstance(critic, ValueHead)  # then it needs the policy's hidden states
     tokens, attention_mask = tokens.to(policy.device), attention_mask.to(policy.device)
     # Drop the last position, which predicts nothing that is needed, and keep the last r.
     inputs, input_mask = tokens[:, :-1], attention_mask[:, :-1]  # (b, P+r-1)
@@ -320,21 +298,21 @@ def forward_responses(
     # a time and recompute them in backward, so that only logits and their gradients exist in full.
     num_rows = max(1, PIECE // (num_columns * output.logits.shape[-1]))
     targets = tokens[:, -num_columns:]  # (b, r)
-    pieces = []
+    pieces = []  # (log-probabilities, entropies) of a few rows each
     for logits, ids in zip(output.logits.split(num_rows), targets.split(num_rows)):
         pieces.append(checkpoint(
             token_logprobs, logits, ids, temperature, with_entropy,
             use_reentrant=False, preserve_rng_state=False,
         ))
-    logprobs = torch.cat([logprob for logprob, _ in pieces])
-    entropies = torch.cat([entropy for _, entropy in pieces])
+    logprobs = torch.cat([logprob for logprob, _ in pieces])  # (b, r)
+    entropies = torch.cat([entropy for _, entropy in pieces])  # (b, r)
     if critic is None:
-        values = torch.zeros_like(logprobs)
+        values = torch.zeros_like(logprobs)  # a reference has no critic
     elif is_shared:
         hidden = output.hidden_states[-1][:, -num_columns:]  # (b, r, width)
-        values = critic(hidden.float()).squeeze(-1)
+        values = critic(hidden.float()).squeeze(-1)  # (b, r)
     else:
-        values = common.token_scores(critic, inputs, input_mask)[:, -num_columns:]
+        values = common.token_scores(critic, inputs, input_mask)[:, -num_columns:]  # (b, r)
     return logprobs, values, entropies
 
 
@@ -346,11 +324,11 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
     come from the function that the update uses, or the first ratio is not 1. Only rounding
     differences remain, which depend on the micro-batches' shapes (approx_kl_first in the log).
     """
-    tokens, attention_mask = rollout.tokens, rollout.attention_mask
-    num_columns = rollout.response_mask.shape[1]
-    prompt_length = tokens.shape[1] - num_columns
-    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
-    everything = torch.arange(len(tokens))
+    tokens, attention_mask = rollout.tokens, rollout.attention_mask  # (B, P+R) each
+    num_columns = rollout.response_mask.shape[1]  # R
+    prompt_length = tokens.shape[1] - num_columns  # P
+    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)  # 0 at padding
+    everything = torch.arange(len(tokens))  # all B rows
     for rows, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
         part, mask = tokens[rows, columns], attention_mask[rows, columns]
         width = columns.stop - prompt_length
@@ -392,7 +370,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
     """
     if kl_target is None:
         return kl_coef
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)  # relative, limited
     kl_coef *= 1 + error * step_size  # eq. 8
     return min(max(kl_coef, initial_kl_coef / 10), initial_kl_coef * 10)
 
@@ -407,11 +385,11 @@ def gae(rewards, values, response_mask, gamma, lam):
     the last token no reward is left: V is 0 there, even if the response was truncated.
     With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
-    rewards = torch.where(response_mask, rewards, 0.0)
-    values = torch.where(response_mask, values, 0.0)
+    rewards = torch.where(response_mask, rewards, 0.0)  # (B, R)
+    values = torch.where(response_mask, values, 0.0)  # V is 0 after the last token
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)  # V_{t+1}
-    deltas = rewards + gamma * next_values - values  # eq. 2, left
-    advantages = torch.zeros_like(deltas)
+    deltas = rewards + gamma * next_values - values  # eq. 2, left  # (B, R)
+    advantages = torch.zeros_like(deltas)  # (B, R)
     running = torch.zeros_like(deltas[:, 0])  # A_{t+1}
     for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + gamma * lam * running  # eq. 2, right
@@ -438,7 +416,7 @@ def whiten(x, mask):
     and removes what all tokens have in common. It is done over the whole rollout, because the mean
     of a minibatch is noisy, and after the returns were computed.
     """
-    counted = x[mask]
+    counted = x[mask]  # (number of True positions,)
     return torch.where(mask, (x - counted.mean()) / (counted.std(correction=0) + 1e-8), 0.0)
 
 
@@ -480,7 +458,7 @@ class Batch:
 def minibatches(batch_size, minibatch_size, epochs, generator):
     """Yields the row indices of every optimizer step of an update; each epoch has a new order."""
     for _ in range(epochs):
-        yield from torch.randperm(batch_size, generator=generator).split(minibatch_size)
+        yield from torch.randperm(batch_size, generator=generator).split(minibatch_size)  # disjoint
 
 
 # FORK: put another policy loss here.
@@ -491,7 +469,7 @@ def policy_loss(ratio, advantages, clip_eps):
     is not 0: d ratio = ratio * d log pi, so this step is REINFORCE with the advantage A. Where the
     ratio is clipped and A pushes it further out, the minimum is constant and the gradient is 0.
     """
-    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (N,)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
@@ -504,7 +482,7 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
     """
     if advantage == "bandit":
         return (new_values - returns) ** 2  # eq. 6b
-    clipped = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)
+    clipped = values + (new_values - values).clamp(-value_clip_eps, value_clip_eps)  # near V_old
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)  # eq. 6
 
 
@@ -517,27 +495,50 @@ def add_statistics(sums, **terms):
         sums[name] = sums.get(name, 0.0) + term
 
 
-# === 7. The models, and the critic's initial weights ==============================================
+# === 7. Prompts and models ========================================================================
+# FORK: to use other prompt data, build rows with a "prompt" here.
+def load_prompts(cfg, tokenizer):
+    """Returns (rows, held-out rows) short enough, each with its token ids as `row.prompt_ids`."""
+
+    def encode(row):
+        row.unread = ()  # none: a reward function may read any key
+        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
+        problem = harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty"
+        yield problem or row
+
+    formats = [("prompt",)]  # a row needs this key; others are kept
+    rows = harness.convert(harness.read_rows(cfg.prompts, formats), encode)
+    if cfg.eval_prompts is None:
+        return harness.hold_out(rows, 128, cfg.seed, prompt_of)
+    eval_rows = harness.read_rows(cfg.eval_prompts, formats)
+    harness.report_overlap(rows, eval_rows, prompt_of)
+    return rows, harness.convert(eval_rows, encode, "held out")
+
+
+def prompt_of(row):
+    return row["prompt"]
+
+
 def load_models(cfg, tokenizer, longest, device):
     """Returns policy, ref_policy, critic and the list of scorers, on their devices.
 
     `longest` is the largest number of tokens in a sequence. Trained weights are float32, and
     dropout is off: with different dropout masks in two passes the ratio would not be 1.
     """
-    options = {"trust_remote_code": cfg.trust_remote_code}
+    options = {"trust_remote_code": cfg.trust_remote_code}  # of all models
     if cfg.attention != "auto":
         options["attn_implementation"] = cfg.attention
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
-    common.set_generation_defaults(policy, tokenizer, cfg.temperature)
+    common.set_generation_defaults(policy, tokenizer, cfg.temperature)  # plain sampling
     if cfg.lora_rank is None:
         policy.to(device)  # now, to free host memory for the next model
-    ref_policy = common.shared_copy(policy, cfg.lora_rank).requires_grad_(False)
-    scorers = []
+    ref_policy = common.shared_copy(policy, cfg.lora_rank).requires_grad_(False)  # frozen
+    scorers = []  # S of them
     for spec in cfg.reward:
         scorers.append(load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options))
     critic = load_critic(cfg, scorers, policy, tokenizer, **options)
     common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # but its copies have none
-    common.check_context(policy, longest)
+    common.check_context(policy, longest)  # has it as many positions?
     for model in (policy, critic):
         common.to_device(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
     frozen_device = harness.pick_device(cfg.reward_device or cfg.device, "--reward-device")
@@ -561,7 +562,7 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
     the two losses may conflict. New heads start at 0.
     """
     if cfg.critic == "shared":
-        critic = ValueHead(policy.get_output_embeddings().in_features, 1)
+        critic = ValueHead(policy.get_output_embeddings().in_features, 1)  # hidden size -> V
         torch.nn.init.zeros_(critic.weight)
         torch.nn.init.zeros_(critic.bias)
         return critic
@@ -571,9 +572,9 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
             common.add_adapters(critic, cfg.lora_rank, scorer.spec)
             return critic
     critic, _ = common.load_scalar_model(cfg.policy, tokenizer, **options)
-    torch.nn.init.zeros_(critic.score.weight)
+    torch.nn.init.zeros_(critic.score.weight)  # V starts at 0
     if cfg.lora_rank is not None:
-        common.share_trunk(critic, policy)
+        common.share_trunk(critic, policy)  # one set of frozen weights
     common.add_adapters(critic, cfg.lora_rank, cfg.policy)
     print("  the critic starts from the policy, with a head of zeros")
     return critic
@@ -582,7 +583,7 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
 def make_optimizer(cfg, policy, critic):
     """Returns Adam over policy and critic, each with its own rate, and a schedule to 0."""
     sized = policy if isinstance(critic, ValueHead) else critic  # a value head: by its trunk
-    lr = harness.lr_by_size(cfg.lr, LR_BY_SIZE, policy)
+    lr = harness.lr_by_size(cfg.lr, LR_BY_SIZE, policy)  # the flag, or the table
     critic_lr = harness.lr_by_size(cfg.critic_lr, LR_BY_SIZE, sized)
     groups = [
         {"params": harness.trainable(policy), "lr": lr},
@@ -596,44 +597,38 @@ def make_optimizer(cfg, policy, critic):
 
 # === Main loop: sections 1 to 6 in order ==========================================================
 def main(cfg):
-    cfg = check_config(cfg)
-    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)
-    tokenizer = common.load_tokenizer(
-        cfg.policy, "python sft.py", cfg.trust_remote_code, cfg.chat_template_kwargs
-    )
+    cfg = check_config(cfg)  # or the embedded prompts and judge
+    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # seeds, takes --output
+    code = cfg.trust_remote_code  # may a model bring code of its own?
+    tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
     rows, eval_rows = load_prompts(cfg, tokenizer)
     longest = max(len(row.prompt_ids) for row in rows + eval_rows) + cfg.response_length
     policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, longest, run.device)
     judge = FunctionScorer(cfg.judge) if cfg.judge else None
     optimizer, schedule = make_optimizer(cfg, policy, critic)
-    # The loop has a generator of its own, so that a reward function's draws do not change sampling.
-    generator = torch.Generator().set_state(torch.get_rng_state())
     print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
     harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
     dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
     # Scales and baseline belong to the initial policy: before a checkpoint's weights are restored.
     scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
-    baseline = run.kept.get("baseline") or evaluate(
-        cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows
-    )
-    samples = run.kept.get("samples", baseline)
-    kl_coef = run.kept.get("kl_coef", cfg.kl_coef)
+    baseline = run.kept.get("baseline")  # its samples
+    baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
+    samples = run.kept.get("samples", baseline)  # the latest evaluation
+    kl_coef = run.kept.get("kl_coef", cfg.kl_coef)  # beta
     horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
-    kl_step_size = cfg.batch_size / horizon
+    kl_step_size = cfg.batch_size / horizon  # of eq. 8
     run.restore(tokenizer, {"policy": policy, "critic": critic}, optimizer, schedule)
-    if run.done:
-        generator.set_state(run.kept["generator"])
-    else:
+    generator = run.generator  # the loop's own: a reward function's draws change nothing
+    if not run.done:
         log_evaluation(run, samples, baseline)
-    rng = random.Random(cfg.seed)
-    batches = endless_batches(rows, cfg.batch_size, cfg.samples_per_prompt, rng)
+    batches = endless_batches(rows, cfg.batch_size, cfg.samples_per_prompt, random.Random(cfg.seed))
     for iteration, prompt_rows in run.steps(batches, cfg.iterations):
         # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); texts
         run.phase("rollout")  # the decoding loop is common.generate_responses
         rollout = sample_responses(
             policy, tokenizer, prompt_rows, cfg.response_length, cfg.temperature, generator
         )
-        response_mask = rollout.response_mask
+        response_mask = rollout.response_mask  # True where a token counts
 
         # 2. SCORE       tokens or texts -> score_parts (S, B); final_scores (B,)
         run.phase("score")
@@ -669,7 +664,7 @@ def main(cfg):
         )
 
         # 6. UPDATE      batch -> updated policy and critic; only new_* carries gradient    eqs. 4-7
-        steps = []
+        steps = []  # the statistics of each optimizer step
         for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs, generator):
             run.phase("backward")
             optimizer.zero_grad()
@@ -693,7 +688,7 @@ def main(cfg):
                     (policy_losses - cfg.entropy_coef * new_entropies[at]).sum() / num_tokens
                     + cfg.value_coef * value_losses.sum() / num_values
                 )  # eq. 7
-                loss.backward()
+                loss.backward()  # adds to the gradients
                 add_statistics(
                     step,
                     policy_loss=policy_losses.sum() / num_tokens,
@@ -705,7 +700,7 @@ def main(cfg):
             step = harness.sum_over_processes([policy, critic], step)  # and gradients
             step["grad_norm"] = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             step["critic_grad_norm"] = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
-            steps.append(step)
+            steps.append(step)  # with the norms before clipping
             if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
                 break  # too far from pi_old: skip this step and the rest
             if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite
@@ -719,15 +714,15 @@ def main(cfg):
         run.log(row, shown=("score", "true_reward", "kl", "response_length"))
         warn_if_unhealthy(run)
         kl_coef = adapt_kl_coef(kl_coef, kl, cfg.kl_target, kl_step_size, cfg.kl_coef)  # eq. 8
-        schedule.step()
+        schedule.step()  # both learning rates fall linearly
         if cfg.explain and (iteration == 1 or run.is_due(cfg.eval_every)):
             run.bar.write(explain_response(tokenizer, batch, rewards, advantages))
         if run.is_due(cfg.eval_every):
             samples = evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
             log_evaluation(run, samples, baseline)
-        kept = {"kl_coef": kl_coef, "generator": generator.get_state(), "scales": scales}
-        run.save_if_due(kept | {"baseline": baseline, "samples": samples})
-    run.finish()
+        kept = {"kl_coef": kl_coef, "scales": scales, "baseline": baseline, "samples": samples}
+        run.save_if_due(kept)
+    run.finish()  # OUTPUT becomes a model folder
     print_result(cfg, baseline, samples)
 
 
@@ -740,15 +735,15 @@ def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
         A dict per row with "prompt", "response", "score" (without --missing-eos-penalty),
         "true_reward" (None without a judge) and "kl".
     """
-    samples = []
-    generator = torch.Generator().manual_seed(cfg.seed)
+    samples = []  # a dict per row
+    generator = torch.Generator().manual_seed(cfg.seed)  # not the loop's
     for start in range(0, len(rows), cfg.batch_size):
         some = rows[start : start + cfg.batch_size]
         rollout = sample_responses(
             policy, tokenizer, some, cfg.response_length, cfg.temperature, generator
         )
         scores = score_responses(scorers, rollout, some).sum(0).tolist()
-        truths = [None] * len(some)
+        truths = [None] * len(some)  # true rewards
         if judge:
             truths = score_responses([judge], rollout, some)[0].tolist()
         logprobs, ref_logprobs, _, _ = evaluate_tokens(
@@ -766,7 +761,7 @@ def measure_scales(run, policy, ref_policy, tokenizer, scorers, rows):
 
     Returns {reward: (mean, std)}, which checkpoints keep: a resumed run must use the same.
     """
-    scales = run.kept.get("scales", {})
+    scales = run.kept.get("scales", {})  # {reward: (mean, std)}
     for scorer in scorers:
         if scorer.needs_scale:
             if scorer.spec not in scales:
@@ -791,8 +786,8 @@ def summarize(samples, baseline):
     ties counting half: by the true reward if there is a judge, else by the score.
     """
     has_judge = samples[0]["true_reward"] is not None
-    key = "true_reward" if has_judge else "score"
-    wins = 0.0
+    key = "true_reward" if has_judge else "score"  # what decides a win
+    wins = 0.0  # ties count half
     for sample, old in zip(samples, baseline):
         wins += (sample[key] > old[key]) + 0.5 * (sample[key] == old[key])
     row = {"score": None, "true_reward": None, "kl": None}
@@ -808,7 +803,8 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
     and taken through a backward pass, beside Adam's moments. Nothing is learned, and the random
     state is unchanged.
     """
-    cfg, settings = run.cfg, policy.generation_config
+    cfg = run.cfg
+    settings = policy.generation_config
     if run.device.type != "cuda":
         return
     run.phase("optimizer step")
@@ -818,8 +814,9 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
     optimizer.step()  # zero gradients change no weight
     optimizer.zero_grad()
     run.phase("evaluation")
-    longest = max(rows, key=lambda row: len(row.prompt_ids))
-    eos_ids, settings.eos_token_id = settings.eos_token_id, []  # no response ends
+    longest = max(rows, key=lambda row: len(row.prompt_ids))  # prompt
+    eos_ids = settings.eos_token_id
+    settings.eos_token_id = []  # no response ends
     rollout = sample_responses(
         policy, tokenizer, [longest] * cfg.batch_size, cfg.response_length, cfg.temperature,
         torch.Generator(),
@@ -839,7 +836,7 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         )
         (logprobs.sum() + values.sum() + entropies.sum()).backward()
     optimizer.zero_grad()
-    optimizer.state.clear()
+    optimizer.state.clear()  # as if nothing had happened
     print(f"  dry run of the longest batch: {harness.peak_memory(run.device) / 1e9:.2f} GB")
     torch.cuda.reset_peak_memory_stats(run.device)
 
@@ -847,11 +844,12 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
 # === Not the algorithm: metrics. The comments say what is healthy =================================
 def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
     """Returns the metrics of a rollout."""
-    mask, scores = batch.response_mask, score_parts.sum(0)
+    mask = batch.response_mask  # (B, R); (B,)
+    scores = score_parts.sum(0)
     token_kl = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)  # (B, R)
-    returns = batch.returns[batch.value_mask]
-    errors = returns - batch.values[batch.value_mask]
-    unexplained = errors.var(correction=0) / returns.var(correction=0)
+    returns = batch.returns[batch.value_mask]  # where the critic is trained
+    errors = returns - batch.values[batch.value_mask]  # G - V_old
+    unexplained = errors.var(correction=0) / returns.var(correction=0)  # 1 if V knows nothing
     return {
         "score": scores.mean().item(),  # before the EOS penalty; rises
         "score_parts": score_parts.mean(1).tolist(),  # of each --reward, in their order
@@ -874,10 +872,10 @@ def update_metrics(steps):
     policy_loss slightly below 0, value_loss falling, approx_kl 0.001 to 0.05, clip_fraction (of all
     ratios outside 1 +- eps) 0.01 to 0.2, norms (before clipping) steady.
     """
-    means = {}
+    means = {}  # {statistic: its mean over optimizer steps}
     for name in steps[0]:
         means[name] = sum(float(step[name]) for step in steps) / len(steps)
-    del means["ratio"]
+    del means["ratio"]  # its mean after the first step says little
     return means | {
         "ratio_first": float(steps[0]["ratio"]),  # 1 up to rounding
         "approx_kl_first": float(steps[0]["approx_kl"]),  # 0 up to rounding
@@ -887,7 +885,8 @@ def update_metrics(steps):
 
 def run_metrics(run, response_mask):
     """Returns counters, learning rate, seconds per phase, response tokens per second and memory."""
-    seconds, peak = run.phase("evaluation"), harness.peak_memory(run.device)
+    seconds = run.phase("evaluation")
+    peak = harness.peak_memory(run.device)
     return {
         "iteration": run.step,
         "episodes": run.step * run.cfg.batch_size,  # responses sampled so far
@@ -905,7 +904,9 @@ def run_metrics(run, response_mask):
 # Mean |log pi as sampled - log pi recomputed|, in nats per token: ten times what
 # tests/test_families.py finds in the worst of its families, for float32 and for bf16. Above
 # MAX_GAP a run does not start.
-SAMPLER_GAP, SAMPLER_GAP_BF16, MAX_GAP = 2.1e-5, 0.28, 0.5
+SAMPLER_GAP = 2.1e-5
+SAMPLER_GAP_BF16 = 0.28
+MAX_GAP = 0.5
 
 
 def check_sampler(run, policy, rollout, logprobs):
@@ -922,12 +923,13 @@ def check_sampler(run, policy, rollout, logprobs):
 
 def warn_if_unhealthy(run):
     """Warns, once per symptom, about what looks wrong in the last row of metrics."""
-    row, last_ten = run.history[-1], run.history[-10:]
+    row = run.history[-1]  # rows of metrics.jsonl
+    last_ten = run.history[-10:]
     ten = len(last_ten) == 10
     unexplained = ten and all((old["explained_variance"] or 0) < -0.05 for old in last_ten)
-    target = row["kl_target"] or math.inf
+    target = row["kl_target"] or math.inf  # without a target nothing misses it
     missed = ten and all((old["kl"] or 0) > 1.5 * target for old in last_ten)
-    first_kl = row["approx_kl_first"]
+    first_kl = row["approx_kl_first"]  # nan if the logits are not finite
     rules = (  # condition, name, symptom, usual causes
         (not first_kl <= 1e-3 or abs(row["ratio_first"] - 1) > 1e-2, "ratio",
          f"the first ratios are not 1 (approx_kl {first_kl:.2g})",
@@ -962,8 +964,8 @@ def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, num_prompts
     models = [("policy", policy), ("ref policy", ref_policy), ("critic", critic)]
     models += [("reward", scorer.model) for scorer in scorers if scorer.model is not None]
     harness.print_models(models)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    num_steps = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
+    rates = [group["lr"] for group in optimizer.param_groups]  # of policy and critic
+    num_steps = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size  # per iteration
     print(
         f"  {cfg.iterations} iterations x {cfg.batch_size} responses = "
         f"{cfg.iterations * cfg.batch_size} episodes, from {num_prompts} prompts; "
@@ -982,7 +984,7 @@ def explain_response(tokenizer, batch, rewards, advantages, row=0):
         "advant.": advantages, "return": batch.returns,
     }
     lines = [f"\n{'t':>3} {'token':<14}" + "".join(f"{name:>9}" for name in columns)]
-    response = batch.tokens[row, -batch.response_mask.shape[1] :].tolist()
+    response = batch.tokens[row, -batch.response_mask.shape[1] :].tolist()  # token ids
     for t in range(int(batch.response_mask[row].sum())):
         token = repr(harness.token_text(tokenizer, response[t])[:13])
         numbers = "".join(f"{column[row, t].item():>9.3f}" for column in columns.values())
@@ -1004,7 +1006,7 @@ def print_result(cfg, baseline, samples):
             truth = "" if cfg.judge is None else f", true {sample['true_reward']:.2f}"
             text = f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}"
             print(harness.wrapped(text))
-    prompt = samples[0]["prompt"]
+    prompt = samples[0]["prompt"]  # a string or a chat
     prompt = prompt[:66] if isinstance(prompt, str) else prompt[-1:]
     print(f'''
 the curves: python plot.py {cfg.output}

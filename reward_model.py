@@ -100,16 +100,16 @@ def preference(row):
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("has a string as one response and messages as the other")
-    if isinstance(chosen, str):
+    if isinstance(chosen, str):  # texts
         return (prompt, chosen, rejected) if "prompt" in row else split_texts(chosen, rejected)
-    if isinstance(prompt, list):
+    if isinstance(prompt, list):  # chats, with a prompt of their own
         have_prompt = [chat[: len(prompt)] == prompt for chat in (chosen, rejected)]
         if not any(have_prompt):
             chosen, rejected = prompt + chosen, prompt + rejected
         elif not all(have_prompt):
             raise ValueError("has the prompt within one of the two responses and not the other")
-    common_chat, chosen, rejected = split_chats(chosen, rejected)
-    contents = [message["content"] for message in common_chat]
+    common_chat, chosen, rejected = split_chats(chosen, rejected)  # whole dialogues
+    contents = [message["content"] for message in common_chat]  # of the prompt
     if isinstance(prompt, str) and prompt not in contents:
         raise ValueError("has a string as the prompt that is no message of the two chats")
     return common_chat, chosen, rejected
@@ -122,9 +122,10 @@ def split_texts(chosen, rejected):
     one it ends before the first word that differs: cut within a word, or after the space, the rest
     would have other tokens than in any other text.
     """
-    opening, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
+    opening = os.path.commonprefix([chosen, rejected])
+    marker = "\n\nAssistant:"
     if marker in opening:
-        length = opening.rindex(marker) + len(marker)
+        length = opening.rindex(marker) + len(marker)  # up to the last answer of both
     else:
         last_word = "" if opening[-1:].isspace() else (opening.split() or [""])[-1]
         length = len(opening[: len(opening) - len(last_word)].rstrip())
@@ -136,7 +137,7 @@ def split_chats(chosen, rejected):
     for rest in (chosen, rejected):
         if rest[-1]["role"] != "assistant":
             raise ValueError("has a chat that does not end with the assistant's message")
-    length = 0
+    length = 0  # messages that both have, up to an answer
     for i, (one, other) in enumerate(zip(chosen, rejected)):
         is_answer = i > 0 and chosen[i - 1]["role"] != "assistant"
         if is_answer and one["role"] == other["role"] == "assistant":
@@ -160,7 +161,7 @@ def prompt_of(row):
 def encode_row(row, tokenizer, eos_ids, cfg):
     """Yields the (chosen ids, rejected ids) of a row, prompt and response with EOS, or why not."""
     prompt, chosen, rejected = preference(row)
-    tools = row.get("tools")
+    tools = row.get("tools")  # JSON schemas for the chat template
     prompt_ids, chosen_ids = common.encode(tokenizer, prompt, chosen, eos_ids, tools)
     _, rejected_ids = common.encode(tokenizer, prompt, rejected, eos_ids, tools)
     reason = harness.too_long(cfg, prompt_ids, max(chosen_ids, rejected_ids, key=len))
@@ -176,7 +177,7 @@ def pair_scores(model, pairs, pad_id):
     """
     texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]  # 2B lists
     tokens, attention_mask = common.pad(texts, pad_id, "right")  # (2B, T)
-    tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)
+    tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)  # (2B, T)
     return common.text_scores(model, tokens, attention_mask).chunk(2)  # read at the last token
 
 
@@ -191,11 +192,11 @@ def score_pairs(model, pairs, microbatch_size, pad_id, name):
     """Returns the chosen and the rejected scores of all pairs, (N,) float32 each, on the CPU."""
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))  # little padding
     order = common.share(order)  # under torchrun a part, else all
-    scores = torch.zeros(2, len(pairs), device=model.device)
+    scores = torch.zeros(2, len(pairs), device=model.device)  # chosen, rejected
     for start in tqdm(range(0, len(order), microbatch_size), desc=name, leave=False):
-        rows = order[start : start + microbatch_size]
-        chosen, rejected = pair_scores(model, [pairs[i] for i in rows], pad_id)
-        scores[:, rows] = torch.stack([chosen, rejected])
+        rows = order[start : start + microbatch_size]  # indices of pairs
+        chosen, rejected = pair_scores(model, [pairs[i] for i in rows], pad_id)  # (b,) each
+        scores[:, rows] = torch.stack([chosen, rejected])  # in the order of the pairs
     chosen, rejected = common.total(scores).cpu()
     return chosen, rejected
 
@@ -206,8 +207,8 @@ def accuracy(better, worse):
     that were all won.
     """
     share = ((better > worse).float() + 0.5 * (better == worse).float()).mean().item()
-    number = len(better) + 4
-    expected = (share * len(better) + 2) / number
+    number = len(better) + 4  # two wins and two losses more
+    expected = (share * len(better) + 2) / number  # the share with them
     return share, 2 * math.sqrt(expected * (1 - expected) / number)
 
 
@@ -220,7 +221,7 @@ def calibration(differences, num_bins=4):
     rows = []
     for group in differences[differences.abs().argsort()].tensor_split(num_bins):
         if len(group):
-            size = group.abs()
+            size = group.abs()  # how sure the model is
             right, _ = accuracy(group, torch.zeros_like(group))  # chosen above rejected
             rows.append((size.mean().item(), size.sigmoid().mean().item(), right))
     return rows
@@ -228,10 +229,10 @@ def calibration(differences, num_bins=4):
 
 def held_out_metrics(chosen, rejected, pairs):
     """Returns the `eval` row of metrics.jsonl, from raw scores: eq. 1 is not about scaled ones."""
-    right, two_sigma = accuracy(chosen, rejected)
+    right, two_sigma = accuracy(chosen, rejected)  # chosen above rejected
     chosen_lengths = torch.tensor([float(len(text)) for text, _ in pairs])
     rejected_lengths = torch.tensor([float(len(text)) for _, text in pairs])
-    longer_wins, _ = accuracy(chosen_lengths, rejected_lengths)
+    longer_wins, _ = accuracy(chosen_lengths, rejected_lengths)  # a trivial rival
     return {
         "loss": preference_loss(chosen, rejected).mean().item(),  # below log 2 = 0.693
         "accuracy": right,  # 0.6 to 0.75 on human labels; near 1 suggests a leak
@@ -259,7 +260,7 @@ def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected):
     """Writes the scale into the checkpoint's config, loads the checkpoint, and returns the largest
     difference of its scores from those expected. A lost head would give noise.
     """
-    folder = harness.checkpoints(run.folder)[-1]
+    folder = harness.checkpoints(run.folder)[-1]  # of the last step
     if harness.RANK == 0:
         model.config.save_pretrained(folder)  # where PPO will find the scale
     harness.greatest(0)  # all processes read it
@@ -277,61 +278,65 @@ def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected):
 
 
 def main(cfg):
-    run = harness.Run(cfg)
+    run = harness.Run(cfg)  # seeds, takes --output, reads the checkpoint of --resume
 
     # Data, tokenizer, model, optimizer
     rows = harness.read_rows(cfg.data or [str(DATA / "preferences.jsonl")], FORMATS)
     if cfg.eval_data is None:
-        rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)
+        rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)  # a tenth, at most 512
     else:
         eval_rows = harness.read_rows(cfg.eval_data, FORMATS)
-        harness.report_overlap(rows, eval_rows, prompt_of)
-    code, made_by = cfg.trust_remote_code, "python sft.py"
+        harness.report_overlap(rows, eval_rows, prompt_of)  # prompts that both have
+    code = cfg.trust_remote_code  # may a model bring code of its own?
+    made_by = "python sft.py"
     tokenizer = common.load_tokenizer(cfg.model, made_by, code, cfg.chat_template_kwargs)
     model, head_is_new = common.load_scalar_model(
         cfg.model, tokenizer, made_by, trust_remote_code=code
     )
     if head_is_new:  # --model was a causal LM
         init_head(model)
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores until eq. 3
-    common.add_adapters(model, cfg.lora_rank, cfg.model)
-    pad_id, eos_ids = tokenizer.pad_token_id, common.eos_token_ids(tokenizer, model)
+    model.config.reward_mean = 0.0  # raw scores until eq. 3
+    model.config.reward_std = 1.0
+    common.add_adapters(model, cfg.lora_rank, cfg.model)  # with --lora-rank
+    pad_id = tokenizer.pad_token_id  # EOS: a list
+    eos_ids = common.eos_token_ids(tokenizer, model)
 
     def encode(row):
         return encode_row(row, tokenizer, eos_ids, cfg)
 
-    pairs = harness.convert(rows, encode)
+    pairs = harness.convert(rows, encode)  # prints what was dropped, and why
     eval_pairs = harness.convert(eval_rows, encode, "held out")
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]  # in tokens
     eval_lengths = [max(len(chosen), len(rejected)) for chosen, rejected in eval_pairs]
-    common.check_context(model, max(lengths + eval_lengths))
-    common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)
+    common.check_context(model, max(lengths + eval_lengths))  # has it as many positions?
+    common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and precision
     num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)  # an epoch's last is smaller
     optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
     harness.print_models([("reward model", model)])
     harness.print_steps(cfg, len(pairs), len(eval_pairs), num_steps, optimizer)
-    harness.print_tokens(tokenizer, model, pairs[0][0])
-    run.restore(tokenizer, {"reward_model": model}, optimizer, schedule)
+    harness.print_tokens(tokenizer, model, pairs[0][0])  # is the EOS there?
+    run.restore(tokenizer, {"reward_model": model}, optimizer, schedule)  # and opens the logs
 
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
     batches = common.epochs_by_length(lengths, cfg.batch_size, generator)
     for step, index in run.steps(batches, num_steps):
         run.phase("backward")
-        loss, num_right = 0.0, 0
+        loss = 0.0  # of the batch
+        num_right = 0
         part = common.share(index)  # under torchrun this process's part, else all
         for start in range(0, len(part), cfg.microbatch_size):
             micro = [pairs[i] for i in part[start : start + cfg.microbatch_size]]
             chosen, rejected = pair_scores(model, micro, pad_id)  # (b,) each
             micro_loss = preference_loss(chosen, rejected).sum() / len(index)  # divided once
             micro_loss.backward()  # gradients add up to those of the whole batch
-            loss += micro_loss.item()
-            num_right += (chosen > rejected).sum().item()
-        sums = {"loss": loss, "num_right": num_right}
+            loss += micro_loss.item()  # in nats per pair
+            num_right += (chosen > rejected).sum().item()  # pairs
+        sums = {"loss": loss, "num_right": num_right}  # of this process
         sums = harness.sum_over_processes([model], sums)  # and gradients; alone: as it is
-        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)  # before clipping
         if run.may_step(grad_norm):  # finite
-            optimizer.step()
-        optimizer.zero_grad()
+            optimizer.step()  # AdamW
+        optimizer.zero_grad()  # for the next step
         run.log({
             "iteration": step,
             "loss": float(sums["loss"]),  # nats per pair; from about 0.7 (log 2 is 0.693) down
@@ -339,26 +344,26 @@ def main(cfg):
             "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
             "lr": schedule.get_last_lr()[0],  # up, then down
         }, shown=("loss", "accuracy"))
-        schedule.step()
+        schedule.step()  # the learning rate of the next step
         run.save_if_due({})
 
     # Held-out result, scale (eq. 3)
     run.phase("evaluation")
-    common.merge_adapters(model)
+    common.merge_adapters(model)  # what is saved and evaluated
     chosen, rejected = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
     reference = torch.cat(score_pairs(model, pairs, cfg.microbatch_size, pad_id, "score scale"))
     mean, std = reference.mean().item(), reference.std().item()  # of all training responses
     if not std > 0:  # or nan
         raise UserError("the model gives all texts one score, or none; lower --lr or check --data")
-    model.config.reward_mean, model.config.reward_std = mean, std
+    model.config.reward_mean, model.config.reward_std = mean, std  # PPO reads them
     row = {"split": "eval", "iteration": num_steps, "reward_mean": mean, "reward_std": std}
     row |= held_out_metrics(chosen, rejected, eval_pairs)
-    run.log(row)
+    run.log(row)  # the `eval` row
     chosen_scaled, rejected_scaled = (chosen - mean) / std, (rejected - mean) / std  # eq. 3
     drift = check_saved(run, model, tokenizer, eval_pairs, chosen_scaled, rejected_scaled)
-    run.finish()
+    run.finish()  # --output becomes a model folder
     print_result(row, calibration(chosen - rejected), drift)
-    prompts = "" if cfg.data is None else " --prompts YOUR_PROMPTS.jsonl"
+    prompts = "" if cfg.data is None else " --prompts YOUR_PROMPTS.jsonl"  # like those of the pairs
     flags = f"--policy {cfg.model} --reward {cfg.output}{prompts}"
     print(f"\nwrote {cfg.output}; next: python ppo.py {flags}")
 

@@ -28,7 +28,8 @@ class FunctionScorer:
     model, reads_tokens, needs_scale = None, False, False
 
     def __init__(self, spec):
-        self.spec, self.function = spec, harness.load_function(spec)
+        self.spec = spec
+        self.function = harness.load_function(spec)
 
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns the function's values. It may compare all rows, so rank 0 calls it for all."""
@@ -76,13 +77,17 @@ class TokenScorer:
     reads_tokens, needs_scale = True, False
 
     def __init__(self, spec, model, microbatch_size):
-        self.spec, self.model, self.microbatch_size = spec, model, microbatch_size
+        self.spec = spec
+        self.model = model
+        self.microbatch_size = microbatch_size
 
     @torch.no_grad()
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns normalized scores, read at each row's last token, the EOS if there is one."""
-        scores, device = torch.zeros(len(tokens), device=tokens.device), self.model.device
-        everything, size = torch.arange(len(tokens)), self.microbatch_size
+        scores = torch.zeros(len(tokens), device=tokens.device)
+        device = self.model.device
+        everything = torch.arange(len(tokens))
+        size = self.microbatch_size
         for part, columns in common.parts_by_length(attention_mask, everything, size):
             part_tokens = tokens[part, columns].to(device)
             part_mask = attention_mask[part, columns].to(device)
@@ -103,14 +108,19 @@ class TextScorer:
     reads_tokens = False
 
     def __init__(self, spec, model, tokenizer, microbatch_size):
-        self.spec, self.model, self.microbatch_size = spec, model, microbatch_size
-        self.tokenizer, self.eos_ids = tokenizer, common.eos_token_ids(tokenizer, model)
+        self.spec = spec
+        self.model = model
+        self.microbatch_size = microbatch_size
+        self.tokenizer = tokenizer
+        self.eos_ids = common.eos_token_ids(tokenizer, model)
         self.is_ours = hasattr(model.config, "reward_mean")
-        self.needs_scale, self.has_cut = not self.is_ours, False
+        self.needs_scale = not self.is_ours
+        self.has_cut = False
 
     def encode(self, row, response):
         """Returns the model's inputs for one row and response: {"input_ids": list, ...}."""
-        prompt, tools = row["prompt"], row.get("tools")
+        prompt = row["prompt"]
+        tools = row.get("tools")
         if self.is_ours:
             response = response if isinstance(prompt, str) else response.strip()
             ids = common.encode(self.tokenizer, prompt, response, self.eos_ids, tools, True)
@@ -143,7 +153,8 @@ class TextScorer:
     @torch.no_grad()
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns normalized scores from the model's own forward pass."""
-        scores, (mean, std) = torch.zeros(len(rows)), common.score_scale(self.model.config)
+        scores = torch.zeros(len(rows))
+        (mean, std) = common.score_scale(self.model.config)
         try:
             inputs = [self.fit(self.encode(*pair)) for pair in zip(rows, responses)]
             indices = common.share(range(len(inputs)))

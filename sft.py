@@ -85,14 +85,15 @@ def row_dialogues(row):
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]  # strings or chats
         if isinstance(prompt, str) or isinstance(completion, str):
-            return [(prompt, completion)]
+            return [(prompt, completion)]  # strings
     elif "messages" in row:
-        prompt, completion = [], row["messages"]
+        prompt = []
+        completion = row["messages"]
     else:
-        return [("", row["text"])]
-    chat = prompt + completion
+        return [("", row["text"])]  # all of it is imitated
+    chat = prompt + completion  # all messages
     first = max(len(prompt), 1)  # an opening by the assistant answers nothing
-    roles = [message["role"] for message in chat]
+    roles = [message["role"] for message in chat]  # system, user, assistant, tool
     turns = [i for i in range(first, len(chat)) if roles[i] == "assistant" != roles[i - 1]]
     if not turns:
         raise ValueError("has a chat without a message of the assistant that answers something")
@@ -117,7 +118,7 @@ def prompt_of(row):
 
 def encode_row(row, tokenizer, eos_ids, cfg):
     """Yields each (prompt ids, completion ids with EOS) of a row, or why there is none."""
-    dialogues = row_dialogues(row)
+    dialogues = row_dialogues(row)  # [(prompt, completion)]
     if not dialogues:
         yield "marked not to be learned"
     for prompt, completion in dialogues:
@@ -133,7 +134,7 @@ def encode_row(row, tokenizer, eos_ids, cfg):
 
 def collate(examples, pad_id):
     """Returns examples as tokens int64, attention_mask bool, completion_mask bool, each (B, T)."""
-    sequences = [prompt_ids + completion_ids for prompt_ids, completion_ids in examples]
+    sequences = [prompt_ids + completion_ids for prompt_ids, completion_ids in examples]  # B lists
     tokens, attention_mask = common.pad(sequences, pad_id, "right")  # (B, T)
     prompt_lengths = torch.tensor([[len(prompt_ids)] for prompt_ids, _ in examples])  # (B, 1)
     completion_mask = attention_mask & (torch.arange(tokens.shape[1]) >= prompt_lengths)  # (B, T)
@@ -159,14 +160,15 @@ def completion_nll(model, tokens, attention_mask, completion_mask):
 @torch.no_grad()
 def evaluate(model, examples, microbatch_size, pad_id):
     """Returns the mean loss per completion token, in nats; its exp is the perplexity."""
-    nll, num_tokens = 0.0, 0
+    nll = 0.0  # sums over all examples, divided once
+    num_tokens = 0
     examples = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     examples = common.share(examples)  # under torchrun a part, else all
     for start in range(0, len(examples), microbatch_size):
         tokens, attention_mask, completion_mask = collate(
             examples[start : start + microbatch_size], pad_id
         )
-        nll += completion_nll(model, tokens, attention_mask, completion_mask).item()
+        nll += completion_nll(model, tokens, attention_mask, completion_mask).item()  # in nats
         num_tokens += completion_mask.sum().item()
     sums = harness.sum_over_processes([], {"nll": nll, "num_tokens": num_tokens})
     return float(sums["nll"] / sums["num_tokens"])
@@ -178,69 +180,70 @@ def print_result(loss_before, loss, model, tokenizer, examples):
         f"\nheld-out loss {loss_before:.3f} -> {loss:.3f} nats per token, perplexity "
         f"{math.exp(loss_before):.2f} -> {math.exp(loss):.2f}; samples:"
     )
-    prompts = [prompt_ids for prompt_ids, _ in examples if prompt_ids][:4]
+    prompts = [prompt_ids for prompt_ids, _ in examples if prompt_ids][:4]  # four samples
     if not prompts:  # plain text on a tokenizer without BOS: nothing to start from
         return
-    tokens, mask = common.pad(prompts, tokenizer.pad_token_id, "left")
+    tokens, mask = common.pad(prompts, tokenizer.pad_token_id, "left")  # (4, P)
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     longest = max(len(prompt_ids) + len(ids) for prompt_ids, ids in examples)  # positions it has
-    length = min(64, longest - tokens.shape[1])
+    length = min(64, longest - tokens.shape[1])  # tokens
     responses, _ = common.generate_responses(model, tokens, mask, length, temperature=1.0)
     for prompt_ids, response in zip(prompts, responses):
         print(f"\n  {tokenizer.decode(prompt_ids, skip_special_tokens=True)}")
-        text = common.decode(tokenizer, prompt_ids, response.tolist())
+        text = common.decode(tokenizer, prompt_ids, response.tolist())  # without EOS and padding
         print(harness.wrapped(f"    ->{text}"))
 
 
 # === Main loop ====================================================================================
 def load_model(cfg, rows):
     """Returns (model, tokenizer) of --model; without one, a tiny model to train from scratch."""
-    code = cfg.trust_remote_code
+    code = cfg.trust_remote_code  # may a model bring code of its own?
     if cfg.model is not None:
         tokenizer = common.load_tokenizer(cfg.model, None, code, cfg.chat_template_kwargs)
-        model = common.load_causal_lm(cfg.model, tokenizer, trust_remote_code=code)
-        common.add_adapters(model, cfg.lora_rank, cfg.model)
+        model = common.load_causal_lm(cfg.model, tokenizer, trust_remote_code=code)  # float32
+        common.add_adapters(model, cfg.lora_rank, cfg.model)  # with --lora-rank
         return model, tokenizer
     if cfg.lora_rank is not None or cfg.chat_template_kwargs is not None:
         raise UserError("--lora-rank and --chat-template-kwargs are about a --model; name one")
     texts = [row[key] for row in rows for key in ("prompt", "completion", "text") if key in row]
-    tokenizer = tiny_model.train_tokenizer([text for text in texts if isinstance(text, str)])
-    model = tiny_model.tiny_llama(tokenizer)
+    tokenizer = tiny_model.train_tokenizer([text for text in texts if isinstance(text, str)])  # BPE
+    model = tiny_model.tiny_llama(tokenizer)  # 0.3 M random weights
     common.set_generation_defaults(model, tokenizer)
     return model, tokenizer
 
 
 def main(cfg):
-    run = harness.Run(cfg)
+    run = harness.Run(cfg)  # seeds, takes --output, reads the checkpoint of --resume
 
     # Data, tokenizer, model, optimizer
     rows = harness.read_rows(cfg.data or [str(DATA / "demonstrations.jsonl")], FORMATS)
     if cfg.eval_data is None:
-        rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)
+        rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)  # a tenth, at most 512
     else:
         eval_rows = harness.read_rows(cfg.eval_data, FORMATS)
-        harness.report_overlap(rows, eval_rows, prompt_of)
+        harness.report_overlap(rows, eval_rows, prompt_of)  # prompts that both have
     model, tokenizer = load_model(cfg, rows)  # float32, no dropout
-    pad_id, eos_ids = tokenizer.pad_token_id, model.generation_config.eos_token_id
+    pad_id = tokenizer.pad_token_id  # EOS: a list
+    eos_ids = model.generation_config.eos_token_id
 
     def encode(row):
         return encode_row(row, tokenizer, eos_ids, cfg)
 
-    examples = harness.convert(rows, encode)
+    examples = harness.convert(rows, encode)  # prints what was dropped, and why
     eval_examples = harness.convert(eval_rows, encode, "held out")
     lengths = [len(prompt_ids) + len(ids) for prompt_ids, ids in examples]  # in tokens
     eval_lengths = [len(prompt_ids) + len(ids) for prompt_ids, ids in eval_examples]
-    common.check_context(model, max(lengths + eval_lengths))
-    common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)
+    common.check_context(model, max(lengths + eval_lengths))  # has it as many positions?
+    common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and precision
     num_steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)  # an epoch's last is smaller
     optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
     harness.print_models([("policy", model)])
     harness.print_steps(cfg, len(examples), len(eval_examples), num_steps, optimizer)
-    harness.print_tokens(tokenizer, model, examples[0][0], examples[0][1])
-    loss_before = run.kept.get("loss_before")
+    harness.print_tokens(tokenizer, model, examples[0][0], examples[0][1])  # is the EOS there?
+    loss_before = run.kept.get("loss_before")  # a resumed run kept it
     if loss_before is None:
         loss_before = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
-    run.restore(tokenizer, {"policy": model}, optimizer, schedule)
+    run.restore(tokenizer, {"policy": model}, optimizer, schedule)  # and opens the logs
 
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
     batches = common.epochs_by_length(lengths, cfg.batch_size, generator)
@@ -248,7 +251,7 @@ def main(cfg):
         run.phase("backward")
         batch = [examples[i] for i in index]  # of similar length
         num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
-        loss = 0.0
+        loss = 0.0  # mean over the batch, in nats per token
         part = common.share(batch)  # under torchrun this process's part, else all
         for start in range(0, len(part), cfg.microbatch_size):
             tokens, attention_mask, completion_mask = collate(
@@ -258,27 +261,27 @@ def main(cfg):
             (nll / num_tokens).backward()  # gradients add up to those of the whole batch
             loss += nll.item() / num_tokens
         sums = harness.sum_over_processes([model], {"loss": loss})  # and gradients; alone: as is
-        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_grad_norm)  # before clipping
         if run.may_step(grad_norm):  # finite
-            optimizer.step()
-        optimizer.zero_grad()
+            optimizer.step()  # AdamW
+        optimizer.zero_grad()  # for the next step
         run.log({
             "iteration": step,
             "loss": float(sums["loss"]),  # nats per token; falls fast, then slowly
             "grad_norm": grad_norm.item(),  # before clipping; steady after the warm-up
             "lr": schedule.get_last_lr()[0],  # up, then down
         }, shown=("loss",))
-        schedule.step()
+        schedule.step()  # the learning rate of the next step
         run.save_if_due({"loss_before": loss_before})
 
     # Held-out result and samples
     run.phase("evaluation")
-    common.merge_adapters(model)
-    loss = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
+    common.merge_adapters(model)  # what is saved and evaluated
+    loss = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)  # after training
     run.log({"split": "eval", "iteration": num_steps, "loss_before": loss_before, "loss": loss})
-    run.finish()
+    run.finish()  # --output becomes a model folder
     print_result(loss_before, loss, model, tokenizer, eval_examples)
-    data = "" if cfg.data is None else " --data YOUR_PAIRS.jsonl"
+    data = "" if cfg.data is None else " --data YOUR_PAIRS.jsonl"  # pairs like them
     print(f"\nwrote {cfg.output}; next: python reward_model.py --model {cfg.output}{data}")
 
 

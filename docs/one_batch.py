@@ -3,301 +3,175 @@
     python docs/one_batch.py --device cpu      after python sft.py and python reward_model.py
     python docs/one_batch.py --redraw          after a change of a template or a picture
 
-Runs ppo.main() itself and listens at its functions, so what is shown is the loop's own iteration
-and not a copy's. Nothing is drawn from the run's random numbers: without a listener it would have
-come out the same. It takes the flags of ppo.py and some of its own.
+Runs ppo.main() itself and records what its functions get and return, so the page shows an iteration
+of the loop and not of a copy. It uses up no random number of the run. It takes the flags of ppo.py
+and some of its own.
 
 Writes    one_batch/numbers.json, one_batch/*.png, and a page from each one_batch*.template.md
-Needs     matplotlib, for the pictures only: pip install matplotlib
+Needs     matplotlib: pip install matplotlib
 """
 
-import pathlib
-import sys
-
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import plumbing  # noqa: E402, F401 - first: Ctrl-C while torch loads is no traceback
-
-import argparse
 import contextlib
-import io
+import dataclasses
 import json
 import math
+import pathlib
 import statistics
 import string
+import sys
 import tempfile
+from typing import Annotated
 from unittest import mock
 
 import torch
 
-import common
-import ppo
-from common import UserError
-from plumbing import cli
-from plumbing.metrics import piece
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import harness  # noqa: E402
+import ppo  # noqa: E402
+from common import UserError  # noqa: E402
+from harness import Count, Range, arg  # noqa: E402
 
-# The flags of ppo.py that the numbers depend on; all are defaults, which the test checks.
+
+@dataclasses.dataclass(frozen=True)
+class Config(ppo.Config):  # the flags of ppo.py, and these
+    iteration: Count = arg(7, "the iteration that the page shows")
+    row: Annotated[int, Range(0)] = arg(12, "the row of its batch that the page follows")
+    redraw: bool = arg(False, "do not run ppo.py; draw what numbers.json holds")
+    folder: str = arg(str(HERE / "one_batch"), "for pictures and numbers; pages go beside it")
+
+
+# The flags of ppo.py that the numbers depend on. All are defaults, which the test checks.
 SETTINGS = (
     "iterations", "batch_size", "response_length", "temperature", "kl_coef", "kl_target",
     "missing_eos_penalty", "advantage", "gamma", "lam", "critic", "ppo_epochs", "minibatch_size",
     "clip_eps", "value_clip_eps", "value_coef", "entropy_coef", "max_grad_norm", "seed",
 )
-LONGEST = 27  # tokens of the response that is shown: three lines of a picture
-COLD, DROPOUT, SMALL_LR, OPEN = 0.7, 0.1, 3e-6, 0.9  # of the probes; OPEN of `three_tokens`
+TIMES = ("seconds", "tokens_per", "peak")  # how names of metrics of the machine begin
+HISTORY = ("score", "true_reward", "kl", "explained_variance")
 
 
-# === 1. Listening to a run ========================================================================
-class Heard(Exception):
-    """Ends the run: the iteration was heard to its end."""
+# === 1. Recording a run ===========================================================================
+RECORDED = (
+    "sample_responses", "evaluate_tokens", "kl_shaped_rewards", "gae", "rollout_metrics",
+    "update_metrics",
+)
 
 
-class Listener:
-    """Stands in for functions of ppo.py, calls them, and keeps what they were given and gave.
+class Recorded(Exception):
+    """Ends the run after the iteration that is shown."""
 
-    `heard` has of each function of KEPT the latest (arguments, result); of the wanted iteration
-    "steps", after each optimizer step its rows and what evaluate_tokens then says; "probes";
-    "metrics", the arguments of ppo_metrics and its row; "history", the rows up to it.
+
+def record_iteration(cfg):
+    """Runs ppo.main() up to the end of cfg.iteration and returns what was recorded, a dict.
+
+    Under each name of RECORDED it has (arguments, result) of the last call of that function.
+    "steps" has, for each optimizer step, the rows of its minibatch and what evaluate_tokens
+    returns after it; "history" has the training rows of metrics.jsonl.
     """
+    calls, real, num_updates = {"steps": []}, {}, 0
 
-    KEPT = (
-        "load_models", "sample_responses", "decode_responses", "evaluate_tokens",
-        "kl_shaped_rewards", "gae",
-    )
-
-    def __init__(self, iteration):
-        self.iteration, self.num_updates, self.heard = iteration, 0, {"steps": []}
-        self.real = {name: getattr(ppo, name) for name in (*self.KEPT, "minibatches")}
-        self.real_metrics = ppo.metrics.ppo_metrics
-
-    def keep(self, name):
+    def recorder(name):
         def function(*inputs):
-            outputs = self.real[name](*inputs)
-            self.heard[name] = inputs, outputs
-            return outputs
+            calls[name] = inputs, real[name](*inputs)
+            return calls[name][1]
 
         return function
 
-    def minibatches(self, *sizes):
-        """The loop asks for the next one when the optimizer step of the last is done."""
-        self.num_updates += 1
-        if self.num_updates != self.iteration:
-            yield from self.real["minibatches"](*sizes)
-            return
-        inputs, (logprobs, *_) = self.heard["evaluate_tokens"]
-        (policy, _, ref_policy, *of_batch, _), asked = inputs, self.heard["sample_responses"][0]
-        weights = [weight.detach().clone() for weight in policy.parameters()]
-        self.heard["probes"] = {
-            "exact_kl": exact_kl(policy, ref_policy, *of_batch),
-            "padding": padding_gap(policy, logprobs, *of_batch),
-            "dropout": dropout_ratios(policy, logprobs, *of_batch),
-            "undivided_kl": undivided_kl(ref_policy, *asked[1:3]),
-        }
-        for index in self.real["minibatches"](*sizes):
+    def minibatches(batch_size, minibatch_size, epochs, generator):
+        nonlocal num_updates
+        num_updates += 1
+        for index in real["minibatches"](batch_size, minibatch_size, epochs, generator):
             yield index
-            outputs = self.real["evaluate_tokens"](*inputs)
-            self.heard["steps"].append((index.tolist(), outputs))
-            if len(self.heard["steps"]) == 1:
-                self.heard["probes"]["first_step"] = first_step(weights, policy.parameters())
+            # The loop asks for the next minibatch after the optimizer step of this one.
+            if num_updates == cfg.iteration:
+                inputs, _ = calls["evaluate_tokens"]
+                calls["steps"].append((index.tolist(), real["evaluate_tokens"](*inputs)))
 
-    def ppo_metrics(self, run, *inputs):
-        row = self.real_metrics(run, *inputs)
-        if run.step == self.iteration:
+    def stop(run):
+        if run.step == cfg.iteration:
             run.bar.close()
-            self.heard.update(metrics=(inputs, row), history=[*run.history, row])
-            raise Heard
-        return row
+            calls["history"] = run.history
+            raise Recorded
 
-
-def listen(cfg, iteration):
-    """What a Listener heard of a run, which ends with this iteration."""
-    listener = Listener(iteration)
-    functions = {name: listener.keep(name) for name in Listener.KEPT}
-    functions["ESTIMATORS"] = {"gae": (functions["gae"], ppo.value_loss)}
-    with (
-        mock.patch.multiple(ppo, minibatches=listener.minibatches, **functions),
-        mock.patch.object(ppo.metrics, "ppo_metrics", listener.ppo_metrics),
-        contextlib.suppress(Heard),
-    ):
+    for name in (*RECORDED, "minibatches"):
+        real[name] = getattr(ppo, name)
+    functions = {name: recorder(name) for name in RECORDED}
+    functions |= {"minibatches": minibatches, "warn_if_unhealthy": stop}  # called after the log
+    with mock.patch.multiple(ppo, **functions), contextlib.suppress(Recorded):
         ppo.main(cfg)
-    return listener.heard
-
-
-# What the loop does not ask but readers do, of the policy before the update. What is drawn for it
-# is drawn from other random numbers than the run's.
-@torch.no_grad()
-def exact_kl(policy, ref_policy, tokens, attention_mask, num_columns, temperature):
-    """At each response token the KL as a sum over the vocabulary, of a response the sum: (B,)."""
-    inputs = tokens[:, :-1], attention_mask[:, :-1]
-    logprobs, ref_logprobs = (
-        common.forward(model, *inputs, logits_to_keep=num_columns).logits.float().div(temperature)
-        .log_softmax(-1) for model in (policy, ref_policy)
-    )
-    kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)  # (B, R)
-    return torch.where(attention_mask[:, -num_columns:], kl, 0.0).sum(1)
-
-
-@torch.no_grad()
-def padding_gap(policy, logprobs, tokens, attention_mask, num_columns, temperature):
-    """The most that a log-probability moves where each row is read alone, without its padding."""
-    gaps = []
-    for its_logprobs, ids, mask in zip(logprobs, tokens, attention_mask):
-        counts = mask[-num_columns:]
-        its = ids[mask][None], mask[mask][None], int(counts.sum()), temperature
-        alone, _, _ = ppo.forward_responses(policy, None, *its)
-        gaps.append((alone[0] - its_logprobs[counts]).abs().max().item())
-    return max(gaps)
-
-
-@torch.no_grad()
-def dropout_ratios(policy, logprobs, *inputs):
-    """exp(log pi in a pass with DROPOUT in attention - log pi), (B, R)."""
-    layers = [module for module in policy.modules() if hasattr(module, "attention_dropout")]
-    was_training = policy.training
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        policy.train()
-        for layer in layers:
-            layer.attention_dropout = DROPOUT
-        dropped, _, _ = ppo.forward_responses(policy, None, *inputs)
-        for layer in layers:
-            layer.attention_dropout = 0.0
-        policy.train(was_training)
-    return (dropped - logprobs).exp()
-
-
-@torch.no_grad()
-def undivided_kl(ref_policy, prompt_rows, response_length):
-    """Of each response that the reference samples at COLD, its KL to the same reference read at
-    temperature 1: (B,)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        rollout = ppo.sample_responses(ref_policy, prompt_rows, response_length, COLD)
-    tokens, attention_mask, mask, *_ = rollout
-    cold, plain = (
-        ppo.forward_responses(ref_policy, None, tokens, attention_mask, mask.shape[1], t)[0]
-        for t in (COLD, 1.0)
-    )
-    return torch.where(mask, cold - plain, 0.0).sum(1)
-
-
-@torch.no_grad()
-def first_step(before, after):
-    """(weights, steps), (n,) each, of those weights that an optimizer step has moved."""
-    before, after = (torch.cat([w.flatten() for w in weights]) for weights in (before, after))
-    moved = before != after
-    return before[moved], (after - before)[moved]
-
-
-def rounded_away(weights, steps):
-    """The share of weights that would stay where they are if all were bf16."""
-    weights, steps = weights.bfloat16(), steps.bfloat16()
-    return (weights + steps == weights).float().mean().item()
+    return calls
 
 
 # === 2. The record: what numbers.json holds =======================================================
 def is_cut(ratio, advantage, clip_eps):
-    """Where the gradient of eq. 5 is 0: the ratio is outside, on the side that A pushes to."""
+    """Returns whether the gradient of eq. 5 is 0: the ratio is outside, and A pushes it out."""
     return (ratio > 1 + clip_eps and advantage > 0) or (ratio < 1 - clip_eps and advantage < 0)
 
 
 def rows_of(x, mask, digits=4):
-    """(B, R) as a list of lists: of each row what counts, rounded."""
-    return [[round(value, digits) for value in row[m].tolist()] for row, m in zip(x, mask)]
+    """Returns x (B, R) as a list of lists: the tokens that count, rounded."""
+    rows = []
+    for row, counts in zip(x, mask):
+        rows.append([round(value, digits) for value in row[counts].tolist()])
+    return rows
 
 
-def choose(ratios, advantages, clip_eps):
-    """The row that is shown: among those of up to LONGEST tokens, one where the clip has cut after
-    the last epoch on both sides, if there is one, and of these the one with the most tokens cut."""
-
-    def how_often(i):
-        signs = [a > 0 for r, a in zip(ratios[i], advantages[i]) if is_cut(r, a, clip_eps)]
-        return len({*signs}), len(signs)
-
-    short = [i for i, row in enumerate(ratios) if len(row) <= LONGEST] or range(len(ratios))
-    return max(short, key=how_often)
-
-
-def make_record(cfg, iteration, heard):
-    """The iteration as plain numbers. Lists over the B rows hold each row's counted tokens, to four
-    decimals; what concerns the response that is shown has seven."""
-    (batch, _, truths, ended, *_, steps, _), row = heard["metrics"]
-    mask, (final_scores, _, _, kl_coef) = batch.response_mask, heard["kl_shaped_rewards"][0]
-    per_epoch = cfg.batch_size // cfg.minibatch_size
-    epochs = [outputs for _, outputs in heard["steps"][per_epoch - 1 :: per_epoch]]
-    ratios = rows_of((epochs[-1][0] - batch.logprobs).exp(), mask)
-    shown = choose(ratios, rows_of(batch.advantages, mask), cfg.clip_eps)
-    columns = {"logprobs": batch.logprobs, "ref_logprobs": batch.ref_logprobs}
-    columns |= {"values": batch.values, "rewards": heard["kl_shaped_rewards"][1]}
-    columns |= {"advantages": heard["gae"][1][0], "whitened": batch.advantages}
-    columns |= {"new_values": epochs[-1][2]}
+def make_record(cfg, calls):
+    """Returns the iteration as plain numbers. Lists over the B rows hold the tokens that count,
+    with four decimals; those of the response that is shown have seven.
+    """
+    (batch, _, true_rewards, finished, _), _ = calls["rollout_metrics"]
+    (final_scores, _, mask, kl_coef), rewards = calls["kl_shaped_rewards"]
+    _, (raw_advantages, _) = calls["gae"]
+    (steps,), _ = calls["update_metrics"]
+    row, per_epoch = calls["history"][-1], cfg.batch_size // cfg.minibatch_size
+    after_epochs = [outputs for _, outputs in calls["steps"][per_epoch - 1 :: per_epoch]]
+    columns = {
+        "logprobs": batch.logprobs, "ref_logprobs": batch.ref_logprobs, "values": batch.values,
+        "rewards": rewards, "advantages": raw_advantages, "whitened": batch.advantages,
+    }
     prompt_length = batch.tokens.shape[1] - mask.shape[1]
-    timing = ("seconds", "tokens_per", "peak")  # of the machine; all else is of the algorithm
-    history = ("score", "true_reward", "kl", "explained_variance")
     return {
-        "settings": {name: getattr(cfg, name) for name in SETTINGS} | {"iteration": iteration},
-        "metrics": {key: value for key, value in row.items() if not key.startswith(timing)},
-        "history": [{key: old[key] for key in history} for old in heard["history"]],
+        "settings": {name: getattr(cfg, name) for name in (*SETTINGS, "iteration")},
+        "metrics": {name: x for name, x in row.items() if not name.startswith(TIMES)},
+        "history": [{name: old[name] for name in HISTORY} for old in calls["history"]],
         "steps": [{name: float(x) for name, x in step.items()} for step in steps],
-        "probes": finish_probes(heard, row["lr"], mask, cfg.clip_eps),
         "batch": {
             "columns": [prompt_length, mask.shape[1]],
             "prompt_lengths": batch.attention_mask[:, :prompt_length].sum(1).tolist(),
-            "ended": ended.tolist(), "kl_coef": kl_coef,
+            "ended": finished.tolist(), "kl_coef": kl_coef,
             "final_scores": [round(score, 6) for score in final_scores.tolist()],
-            "true_rewards": truths.tolist(),
+            "true_rewards": true_rewards[0].tolist(),
             **{name: rows_of(x, mask) for name, x in columns.items()},
-            "new_logprobs": [rows_of(new_logprobs, mask) for new_logprobs, *_ in epochs],
-            "minibatches": [rows for rows, _ in heard["steps"]],
-            "exact_kl": [round(kl, 4) for kl in heard["probes"]["exact_kl"].tolist()],
+            "new_logprobs": [rows_of(outputs[0], mask) for outputs in after_epochs],
+            "new_values": rows_of(after_epochs[-1][2], mask),
+            "minibatches": [rows for rows, _ in calls["steps"]],
         },
-        "response": one_response(cfg, heard, shown),
+        "response": record_response(calls, columns, cfg.row),
     }
 
 
-def finish_probes(heard, lr, mask, clip_eps):
-    """The probes as numbers."""
-    probes, (*_, scorers) = heard["probes"], heard["load_models"][1]
-    (weights, steps), ratio = probes["first_step"], probes["dropout"][mask]
-    config = getattr(scorers[0].model, "config", None)  # a function has none
-    mean, deviation = common.score_scale(config)
-    undivided = probes["undivided_kl"].tolist()
+def record_response(calls, columns, i):
+    """Returns row i of the batch, the tokens that count only."""
+    (batch, score_parts, true_rewards, finished, _), _ = calls["rollout_metrics"]
+    (_, tokenizer, prompt_rows, _, _, _), rollout = calls["sample_responses"]
+    (rewards, values, mask, gamma, _), _ = calls["gae"]
+    deltas, _ = ppo.gae(rewards, values, mask, gamma, lam=0.0)  # with lambda 0, A_t is delta_t
+    columns = columns | {"deltas": deltas, "returns": batch.returns}
+    prompt_ids = batch.tokens[i, : -mask.shape[1]].tolist()
+    ids = batch.tokens[i, -mask.shape[1] :][mask[i]].tolist()
+    logprobs_after = [outputs[0] for _, outputs in calls["steps"]]  # each optimizer step
     return {
-        "padding": probes["padding"], "undivided_kl": statistics.mean(undivided),
-        "undivided_kl_error": standard_error(undivided),
-        "dropout_outside": ((ratio - 1).abs() > clip_eps).float().mean().item(),
-        "median_step": steps.abs().median().item(), "bf16_still": rounded_away(weights, steps),
-        "bf16_still_small": rounded_away(weights, steps * SMALL_LR / lr),  # Adam's goes by its rate
-        "reward_mean": mean, "reward_std": deviation,
-    }
-
-
-def one_response(cfg, heard, i):
-    """All about row i, its counted tokens only."""
-    (batch, score_parts, truths, ended, *_), _ = heard["metrics"]
-    (_, tokenizer, *_), _ = heard["load_models"]
-    mask, columns = batch.response_mask, batch.response_mask.shape[1]
-    counted = lambda x: rows_of(x[i : i + 1], mask[i : i + 1], 7)[0]
-    rewards, (advantages, *_) = heard["kl_shaped_rewards"][1], heard["gae"][1]
-    deltas, *_ = ppo.gae(rewards, batch.values, mask, cfg.gamma, 0.0)  # lambda 0: A_t is delta_t
-    ids, attended = batch.tokens[i], batch.attention_mask[i]
-    return {
-        "row": i,
-        "prompt": heard["sample_responses"][0][1][i]["prompt"],
-        "text": heard["decode_responses"][1][i],
-        "prompt_ids": ids[:-columns].tolist(),
-        "prompt_tokens": [piece(tokenizer, id) for id in ids[:-columns].tolist()],
-        "ids": ids[-columns:][mask[i]].tolist(),
-        "tokens": [piece(tokenizer, id) for id in ids[-columns:][mask[i]].tolist()],
+        "row": i, "prompt": prompt_rows[i]["prompt"], "text": rollout.texts[i],
+        "prompt_ids": prompt_ids, "ids": ids,
+        "prompt_tokens": [harness.token_text(tokenizer, id) for id in prompt_ids],
+        "tokens": [harness.token_text(tokenizer, id) for id in ids],
         "special_ids": {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id},
-        "position_ids": common.position_ids(attended[None])[0].tolist(),
-        "score": score_parts.sum(0)[i].item(), "ended": ended[i].item(),
-        "true_reward": truths[i].item(),
-        "logprobs": counted(batch.logprobs), "ref_logprobs": counted(batch.ref_logprobs),
-        "values": counted(batch.values), "rewards": counted(rewards),
-        "deltas": counted(deltas), "advantages": counted(advantages),
-        "returns": counted(batch.returns),
-        "whitened": counted(batch.advantages),
-        "new_logprobs": [counted(outputs[0]) for _, outputs in heard["steps"]],  # after each step
+        "score": score_parts.sum(0)[i].item(), "ended": finished[i].item(),
+        "true_reward": true_rewards[0, i].item(),
+        **{name: rows_of(x[i : i + 1], mask[i : i + 1], 7)[0] for name, x in columns.items()},
+        "new_logprobs": [rows_of(x[i : i + 1], mask[i : i + 1], 7)[0] for x in logprobs_after],
     }
 
 
@@ -306,459 +180,216 @@ def flat(rows):
     return [x for row in rows for x in row]
 
 
-def standard_error(xs):
-    return statistics.pstdev(xs) / math.sqrt(len(xs))
-
-
-def explained(values, returns):
-    """1 - var(G - V) / var(G)."""
-    errors = [g - v for g, v in zip(returns, values)]
-    return 1 - statistics.pvariance(errors) / statistics.pvariance(returns)
+def differences(xs, ys):
+    return [x - y for x, y in zip(xs, ys)]
 
 
 def summary(record):
-    """{name: what one_batch.template.md has under it}, from what the record holds."""
-    settings, last, first = record["settings"], record["metrics"], record["history"][0]
-    of_run = ("score", "score_std", "true_reward", "kl", "approx_kl", "clip_fraction", "lr")
-    of_run += ("ratio_first", "sampler_gap", "explained_variance", "optimizer_steps")
-    numbers = settings | record["probes"] | {name: last[name] for name in of_run} | {
-        "cold": COLD, "dropout": DROPOUT, "small_lr": SMALL_LR, "open": OPEN,
+    """Returns {name: value} of the fields in the templates, all computed from the record."""
+    settings, first = record["settings"], record["history"][0]
+    numbers = {
+        **record["metrics"], **settings,
         "gamma_lam": settings["gamma"] * settings["lam"],
         "updates_before": settings["iteration"] - 1,
         "next_lr_share": 1 - settings["iteration"] / settings["iterations"],
+        **numbers_of_batch(record), **numbers_of_response(record), **numbers_of_epochs(record),
     }
     for name in ("score", "true_reward", "explained_variance"):
         numbers[f"first_{name}"] = first[name]
-    for name in ("policy_loss", "value_loss", "policy", "critic"):  # the last two are norms
-        numbers |= {f"{name}_{when}": record["steps"][i][name] for when, i in (("1", 0), ("n", -1))}
-    of_parts = (of_places, of_kl, of_advantages, of_values, of_response, of_three_tokens, of_epochs)
-    return numbers | {key: x for part in of_parts for key, x in part(record).items()}
+    for when, step in (("1", record["steps"][0]), ("n", record["steps"][-1])):
+        for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
+            numbers[f"{name}_{when}"] = step[name]
+    return numbers
 
 
-def of_places(record):
-    """Columns, lengths, padding."""
-    batch, one = record["batch"], record["response"]
-    lengths, prompts = [*map(len, batch["values"])], batch["prompt_lengths"]
-    (p, r), of_prompt = batch["columns"], prompts[one["row"]]
+def numbers_of_batch(record):
+    """Returns sizes, the KL and its signs, and advantages, of all rows."""
+    batch, row = record["batch"], record["response"]["row"]
+    lengths, prompts = [len(row) for row in batch["values"]], batch["prompt_lengths"]
+    (p, r), num_finished = batch["columns"], sum(batch["ended"])
+    logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
+    token_kl = differences(flat(logprobs), flat(ref_logprobs))
+    summed = [sum(differences(x, y)) for x, y in zip(logprobs, ref_logprobs)]
+    raw, white, new_values = flat(batch["advantages"]), flat(batch["whitened"]), batch["new_values"]
+    returns = [a + v for a, v in zip(raw, flat(batch["values"]))]
+    errors = differences(returns, flat(new_values))
     return {
         "P": p, "R": r, "before_P": p - 1, "N": sum(lengths), "places": r * len(lengths),
         "padding_share": 1 - (sum(lengths) + sum(prompts)) / ((p + r) * len(lengths)),
         "shortest_prompt": min(prompts), "longest_prompt": max(prompts),
-        "num_ended": sum(batch["ended"]), "num_cut": len(lengths) - sum(batch["ended"]),
-        "prompt_pads": p - of_prompt, "prompt_tokens": of_prompt,
-        "pads_behind": r - len(one["ids"]),
-    }
-
-
-def of_kl(record):
-    """Two estimates of the KL per response and their standard errors; its signs."""
-    batch = record["batch"]
-    pairs = zip(batch["logprobs"], batch["ref_logprobs"])
-    kls = [[x - y for x, y in zip(*pair)] for pair in pairs]
-    summed, exact = [*map(sum, kls)], batch["exact_kl"]
-    gaps = [x - y for x, y in zip(exact, summed)]  # of the same responses
-    return {
-        "kl_gap": statistics.mean(gaps), "kl_gap_error": standard_error(gaps),
-        "kl_error": standard_error(summed), "exact_kl": statistics.mean(exact),
-        "exact_kl_error": standard_error(exact), "kl_per_token": statistics.mean(flat(kls)),
-        "negative_tokens": statistics.mean(x < 0 for x in flat(kls)),
+        "prompt_tokens": prompts[row], "prompt_pads": p - prompts[row],
+        "num_ended": num_finished, "num_cut": len(lengths) - num_finished,
+        "kl_error": statistics.pstdev(summed) / math.sqrt(len(summed)),
+        "kl_per_token": statistics.mean(token_kl),
+        "negative_tokens": statistics.mean(x < 0 for x in token_kl),
         "negative_responses": sum(x < 0 for x in summed), "lowest_kl": min(summed),
-    }
-
-
-def of_advantages(record):
-    """Before and after whitening, by minibatch, and what other lambdas would give."""
-    batch, settings = record["batch"], record["settings"]
-    raw, white = flat(batch["advantages"]), flat(batch["whitened"])
-    first_epoch = batch["minibatches"][: settings["batch_size"] // settings["minibatch_size"]]
-    means = [statistics.mean(flat(batch["whitened"][i] for i in rows)) for rows in first_epoch]
-    numbers = {
         "mean_advantage": statistics.mean(raw), "deviation": statistics.pstdev(raw),
         "sign_changed": statistics.mean((a > 0) != (w > 0) for a, w in zip(raw, white)),
-        "lowest_mean": min(means), "highest_mean": max(means),
+        "explained_after": 1 - statistics.pvariance(errors) / statistics.pvariance(returns),
         "correlation": statistics.correlation(batch["final_scores"], batch["true_rewards"]),
     }
-    mask = torch.zeros(len(batch["ended"]), batch["columns"][1], dtype=torch.bool)
-    rewards, values = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    for i, pair in enumerate(zip(batch["rewards"], batch["values"])):
-        mask[i, : len(pair[0])] = True
-        rewards[i, mask[i]], values[i, mask[i]] = map(torch.tensor, pair)
-    for lam in (0.0, 1.0):
-        advantages, *_ = ppo.gae(rewards, values, mask, settings["gamma"], lam)
-        numbers[f"deviation_{lam:.0f}"] = statistics.pstdev(advantages[mask].tolist())
-    return numbers
 
 
-def of_values(record):
-    """How far the update moved the critic, and where the clip of eq. 6 holds it."""
-    batch, eps = record["batch"], record["settings"]["value_clip_eps"]
-    old, new = flat(batch["values"]), flat(batch["new_values"])
-    returns = [a + v for a, v in zip(flat(batch["advantages"]), old)]
-    far = [abs(x - v) > eps for x, v in zip(new, old)]
-    held = [  # the clipped error is the larger, and it does not depend on V
-        is_far and abs(v + math.copysign(eps, x - v) - g) > abs(x - g)
-        for v, x, g, is_far in zip(old, new, returns, far)
-    ]
-    shares = {"values_far": statistics.mean(far), "values_held": statistics.mean(held)}
-    return shares | {"explained_after": explained(new, returns)}
-
-
-def of_response(record):
-    """The response that is shown: its largest KL, its first and its last two tokens, its table."""
-    one, settings, kl = record["response"], record["settings"], kl_of(record["response"])
-    t, at, beta = len(kl) - 1, kl.index(max(kl)), record["batch"]["kl_coef"]
-    up = max(range(t), key=lambda t: one["deltas"][t])
-    word = lambda t: one["tokens"][t].strip()
+def numbers_of_response(record):
+    """Returns the response that is shown: its largest KL, delta and advantage, its first and last
+    two tokens, and the table of all tokens.
+    """
+    one, settings = record["response"], record["settings"]
+    kl = differences(one["logprobs"], one["ref_logprobs"])
+    beta, last = record["batch"]["kl_coef"], len(kl) - 1
+    words = [token.strip() for token in one["tokens"]]
+    most, rise = kl.index(max(kl)), one["deltas"].index(max(one["deltas"][:-1]))
+    a = one["whitened"].index(max(one["whitened"]))
+    before_steps = [one["logprobs"], *one["new_logprobs"]]
+    own = [step for step, rows in enumerate(record["batch"]["minibatches"]) if one["row"] in rows]
+    ratios = [math.exp(before_steps[step][a] - one["logprobs"][a]) for step in own]
+    eps = settings["clip_eps"]
+    num_pushed = sum(not is_cut(ratio, one["whitened"][a], eps) for ratio in ratios)
+    a_old, a_new = math.exp(one["logprobs"][a]), math.exp(one["new_logprobs"][-1][a])
     numbers = {
-        "row": one["row"], "prompt": one["prompt"], "text": one["text"].strip(), "T": t + 1,
-        "t_last": t, "t_before": t - 1, "r_score": one["score"], "r_true": one["true_reward"],
+        "row": one["row"], "prompt": one["prompt"], "text": one["text"].strip(), "T": last + 1,
+        "t_last": last, "t_before": last - 1, "r_score": one["score"], "r_true": one["true_reward"],
         "pad_id": one["special_ids"]["pad"], "eos_id": one["special_ids"]["eos"],
-        "last_prompt_token": one["prompt_tokens"][-1].strip(), "first_token": word(0),
-        "logprobs_0": one["logprobs"][0], "first_probability": math.exp(one["logprobs"][0]),
-        "delta_t": up, "delta_token": word(up), "delta_max": one["deltas"][up],
-        "delta_V": one["values"][up], "delta_next": one["values"][up + 1],
-        "kl_t": at, "kl_token": word(at), "kl_max": kl[at], "kl_times": math.exp(kl[at]),
-        "kl_logprob": one["logprobs"][at], "kl_ref_logprob": one["ref_logprobs"][at],
-        "kl_price": -beta * kl[at], "r_kl": sum(kl), "r_price": -beta * sum(kl), "kl_T": kl[t],
+        "last_prompt_token": one["prompt_tokens"][-1].strip(), "first_token": words[0],
+        "first_probability": math.exp(one["logprobs"][0]),
+        "kl_t": most, "kl_token": words[most], "kl_max": kl[most], "kl_times": math.exp(kl[most]),
+        "kl_logprob": one["logprobs"][most], "kl_ref_logprob": one["ref_logprobs"][most],
+        "kl_price": -beta * kl[most], "r_kl": sum(kl), "r_price": -beta * sum(kl), "kl_T": kl[last],
         "final_score": record["batch"]["final_scores"][one["row"]],
-        "lowest_reward": min(one["rewards"][:t]), "highest_reward": max(one["rewards"][:t]),
+        "lowest_reward": min(one["rewards"][:last]), "highest_reward": max(one["rewards"][:last]),
         "r_sum": sum(one["rewards"]), "bandit": sum(one["rewards"]) - one["values"][0],
+        "delta_t": rise, "delta_token": words[rise], "delta_max": one["deltas"][rise],
+        "delta_V": one["values"][rise], "delta_next": one["values"][rise + 1],
         "lowest_advantage": min(one["advantages"]), "highest_advantage": max(one["advantages"]),
-        "reaching_first": (settings["gamma"] * settings["lam"]) ** t,
+        "reaching_first": (settings["gamma"] * settings["lam"]) ** last, "a_pushed": num_pushed,
+        "a_t": a, "a_token": words[a], "a_old": a_old, "a_new": a_new, "a_ratio": a_new / a_old,
     }
-    columns = ("logprobs", "rewards", "values", "deltas", "advantages", "returns", "whitened")
-    for name in columns:
-        numbers |= {f"{name}_T": one[name][t], f"{name}_before": one[name][t - 1]}
-        numbers[f"{name}_0"] = one[name][0]
-    columns = one["logprobs"], one["ref_logprobs"], kl, *map(one.get, columns[1:])
-    names = ["`" + word(t).replace("|", r"\|") + "`" for t in range(t + 1)]
-    rows = [[f"{i}", names[i], *(show(x[i], ".3f") for x in columns)] for i in range(t + 1)]
+    names = ("logprobs", "rewards", "values", "deltas", "advantages", "returns", "whitened")
+    for name in names:
+        for where, t in (("0", 0), ("before", last - 1), ("T", last)):
+            numbers[f"{name}_{where}"] = one[name][t]
+    columns = [one["logprobs"], one["ref_logprobs"], kl, *(one[name] for name in names[1:])]
+    rows = []
+    for t, word in enumerate(words):
+        cells = [show(column[t], ".3f") for column in columns]
+        rows.append([f"{t}", "`" + word.replace("|", r"\|") + "`", *cells])
     return numbers | {"rows_of_tokens": table(rows)}
 
 
-def kl_of(one):
-    return [x - y for x, y in zip(one["logprobs"], one["ref_logprobs"])]
-
-
-def three_tokens(one):
-    """[t, t, t]: of the tokens whose probability was below OPEN that with the highest advantage and
-    that with the lowest, and of the rest the one that moved most against its own."""
-    old, new, white = one["logprobs"], one["new_logprobs"][-1], one["whitened"]
-    is_open = [t for t, x in enumerate(old) if math.exp(x) < OPEN]
-    up, down = (pick(is_open, key=lambda t: white[t]) for pick in (max, min))
-    against = lambda t: math.copysign(1, white[t]) * (old[t] - new[t])
-    return [up, down, max((t for t in is_open if t not in (up, down)), key=against)]
-
-
-def of_three_tokens(record):
-    """Of each its t, word and probabilities; of the first also the last ratio, and in how many of
-    the minibatches that had its response it was not cut."""
-    one, eps, numbers = record["response"], record["settings"]["clip_eps"], {}
-    for name, t in zip("abc", three_tokens(one)):
-        old, new = math.exp(one["logprobs"][t]), math.exp(one["new_logprobs"][-1][t])
-        numbers |= {f"{name}_t": t, f"{name}_old": old, f"{name}_new": new}
-        numbers[f"{name}_token"] = one["tokens"][t].strip()
-    t, before = three_tokens(one)[0], [one["logprobs"], *one["new_logprobs"]]  # each step
-    own = [step for step, rows in enumerate(record["batch"]["minibatches"]) if one["row"] in rows]
-    ratios = [math.exp(before[step][t] - one["logprobs"][t]) for step in own]
-    numbers["a_pushed"] = sum(not is_cut(ratio, one["whitened"][t], eps) for ratio in ratios)
-    return numbers | {"a_ratio": numbers["a_new"] / numbers["a_old"]}
-
-
-def of_epochs(record):
-    """The ratios of all tokens after each epoch, and how many are cut."""
-    batch, eps = record["batch"], record["settings"]["clip_eps"]
-    old, white, rows = flat(batch["logprobs"]), flat(batch["whitened"]), []
-    for epoch, new in enumerate(map(flat, batch["new_logprobs"]), 1):
-        ratios = [math.exp(x - y) for x, y in zip(new, old)]
-        kl = statistics.mean(ratio - 1 - math.log(ratio) for ratio in ratios)
+def numbers_of_epochs(record):
+    """Returns the ratios of all tokens after each epoch as a table, and two numbers of the last."""
+    batch, eps, rows = record["batch"], record["settings"]["clip_eps"], []
+    for epoch, new_logprobs in enumerate(batch["new_logprobs"], 1):
+        log_ratios = differences(flat(new_logprobs), flat(batch["logprobs"]))
+        ratios = [math.exp(x) for x in log_ratios]
+        kl = statistics.mean(ratio - 1 - x for ratio, x in zip(ratios, log_ratios))
         outside = statistics.mean(abs(ratio - 1) > eps for ratio in ratios)
-        cut = statistics.mean(is_cut(ratio, a, eps) for ratio, a in zip(ratios, white))
-        cells = f"{kl:.4f}", f"{min(ratios):.4f}", f"{max(ratios):.2f}"
-        rows.append([f"{epoch}", *cells, f"{outside:.1%}", f"{cut:.1%}"])
+        cut = statistics.mean(is_cut(x, a, eps) for x, a in zip(ratios, flat(batch["whitened"])))
+        extremes = [f"{min(ratios):.4f}", f"{max(ratios):.2f}"]
+        rows.append([f"{epoch}", f"{kl:.4f}", *extremes, f"{outside:.1%}", f"{cut:.1%}"])
     return {"last_approx_kl": kl, "last_cut": cut, "rows_of_epochs": table(rows)}
 
 
 def show(number, form):
-    """A formatted number, with a minus sign; one that is rounded to 0 has no sign."""
+    """Returns a formatted number with a minus sign; one that is rounded to 0 has no sign."""
     text = f"{number:{form}}"
-    zero = not any(digit in text for digit in "123456789")
-    return text.lstrip("+-") if zero else text.replace("-", "−", text.startswith("-"))
+    if not any(digit in text for digit in "123456789"):
+        return text.lstrip("+-")
+    return text.replace("-", "−", text.startswith("-"))  # the first one only: not that of 1e-5
 
 
 def table(rows):
-    """The rows of a Markdown table; its head has words, and those are the template's."""
+    """Returns rows of a Markdown table; its head is words and stands in the template."""
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # === 4. The pictures ==============================================================================
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#DDDDDD", "#222222"  # Okabe and Ito 2008
-WIDTH, PER_LINE = 7.0, 9  # inches; tokens of a strip in one line
-CENTER = {"ha": "center", "va": "center"}
-PLAIN = {"parse_math": False}  # a token may hold a $
 
 
 def new_figure(height):
-    """A matplotlib Figure, made without pyplot: no display, no global state."""
+    """Returns a matplotlib Figure, 7 inches wide. Without pyplot it needs no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         what = "one_batch.py needs the package matplotlib; pip install matplotlib"
         raise UserError(what) from None
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    return Figure(figsize=(7, height), layout="constrained")
 
 
-def clean(axes):
-    """No frame on two sides, and faint lines to read off by."""
+def label_axes(axes, one):
+    """Puts the tokens below and the legend above, and faint lines in place of the frame."""
+    words = [token.strip() for token in one["tokens"]]
+    look = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 9}
+    axes.set_xticks(range(len(words)), words, parse_math=False, **look)
+    axes.set_xlim(-0.8, len(words) - 0.2)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.tick_params(labelsize=9)
-
-
-def shade(value, scale):
-    """White at 0, orange above, blue below. The number stands in the cell: colour only helps."""
-    from matplotlib.colors import to_rgb
-
-    share = 0.75 * min(abs(value) / scale, 1)
-    return [1 - share * (1 - x) for x in to_rgb(ORANGE if value > 0 else BLUE)]
-
-
-def draw_cell(axes, x, y, text, colour, framed=False):
-    from matplotlib.patches import Rectangle
-
-    edge = {"linewidth": 2, "edgecolor": INK} if framed else {"linewidth": 0.5, "edgecolor": "0.7"}
-    edge["zorder"] = 3 if framed else 1
-    axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=colour, **edge))
-    weight = "bold" if framed else "normal"
-    axes.text(x + 0.5, y + 0.52, text, fontsize=9, weight=weight, zorder=4, **CENTER)
-
-
-def draw_strips(one, rows):
-    """The words, and under each its numbers.
-
-    `rows` is a list of (label, numbers, their format, (white at, full colour so far off) or None,
-    where ✂ stands beside the number, in a frame, or None).
-    """
-    words, height = [*map(str.strip, one["tokens"])], len(rows) + 2.3  # of a line, in cells
-    num_lines = math.ceil(len(words) / PER_LINE)
-    figure = new_figure(0.22 * height * num_lines)
-    axes = figure.add_subplot()
-    axes.set(xlim=(-1.75, PER_LINE + 0.03), ylim=(height * num_lines - 0.2, 0))
-    axes.axis("off")
-    for line in range(num_lines):
-        label = {"x": -0.1, "ha": "right", "va": "center"}
-        axes.text(y=line * height + 0.5, s="t", fontsize=9, style="italic", color="0.4", **label)
-        for y, (name, *_) in enumerate(rows):
-            axes.text(y=line * height + 2.35 + y, s=name, fontsize=9, **label)
-    for t, word in enumerate(words):
-        x, top = t % PER_LINE, t // PER_LINE * height
-        axes.text(x + 0.5, top + 0.5, f"{t}", fontsize=8, color="0.4", **CENTER)
-        size = 10 if len(word) < 9 else 8
-        axes.text(x + 0.5, top + 1.3, word, fontsize=size, weight="bold", **CENTER, **PLAIN)
-        for y, (_, numbers, form, scale, marks) in enumerate(rows):
-            colour = shade(numbers[t] - scale[0], scale[1]) if scale else "white"
-            mark = bool(marks and marks[t])
-            text = show(numbers[t], form) + "✂" * mark
-            draw_cell(axes, x, top + 1.85 + y, text, colour, mark)
-    return figure
 
 
 def draw_batch(record):
-    """The table of tokens: padding, prompts, responses, their EOS, and the row that is shown."""
+    """Draws the table of tokens: padding, prompts, responses, their EOS, and the row shown."""
     batch, row = record["batch"], record["response"]["row"]
-    p, r = batch["columns"]
-    kinds = [  # of each cell its darkness
-        [0.0] * (p - prompt) + [0.3] * prompt + [0.6] * (len(its) - ended) + [1.0] * ended
-        + [0.0] * (r - len(its))
-        for prompt, its, ended in zip(batch["prompt_lengths"], batch["logprobs"], batch["ended"])
-    ]
-    figure, rows = new_figure(4.0), len(kinds)
-    axes = figure.add_subplot()
-    options = {"vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
-    axes.imshow(kinds, cmap="Greys", extent=(0, p + r, rows, 0), **options)
-    axes.axvline(p, color=ORANGE, linewidth=1.5)
-    axes.text(p, -0.02 * rows, f"P = {p}", ha="center", color=ORANGE, fontsize=10, weight="bold")
-    box = {"facecolor": "white", "edgecolor": "0.5", "linewidth": 0.5, "pad": 3}
-    box = {"bbox": box, "fontsize": 10, **CENTER}
-    y = (0.6 if row < rows / 2 else 0.3) * rows
-    for x, name in ((0.6 * p, "prompt"), (p + 0.16 * r, "response"), (p + 0.85 * r, "padding")):
-        axes.text(x, y, name, **box)
-    end = p + len(batch["logprobs"][row]), row + 0.5
-    arrow = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5}
-    axes.annotate(f"row {row}", end, (p + 0.85 * r, row + 0.5), arrowprops=arrow, **box)
-    axes.set_xlabel("column, P + R")
-    axes.set_ylabel("row of B")
-    axes.tick_params(labelsize=9)
-    return figure
-
-
-def draw_tokens(record):
-    """The shown row: its prompt with its padding, and its response with the first of its."""
-    one, (p, r) = record["response"], record["batch"]["columns"]
-    length, behind = record["batch"]["prompt_lengths"][one["row"]], r - len(one["tokens"])
-    prompt = ["<pad>"] * (p - length) + one["prompt_tokens"][p - length :]
-    response = one["tokens"] + ["<pad>"] * min(3, behind)
-    parts = [
-        ("prompt", "attention_mask", prompt, range(p - length, p), 0),
-        ("response", "response_mask", response, range(len(one["tokens"])), p),
-    ]
-    per_line, top = 10, 0.0
-    figure = new_figure(0.22 * sum(1 + 3.4 * math.ceil(len(part[2]) / per_line) for part in parts))
-    axes = figure.add_subplot()
-    for name, mask, words, counted, start in parts:
-        axes.text(-1.65, top + 0.5, name, fontsize=10.5, weight="bold", va="center", color=ORANGE)
-        for i, word in enumerate(words):
-            x, y, counts = i % per_line, top + 1 + 3.4 * (i // per_line), i in counted
-            for below, label in enumerate(("column", "token", mask) if x == 0 else ()):
-                label = {"s": label, "fontsize": 8.5, "color": "0.3", "ha": "right"}
-                axes.text(-0.1, y + below + 0.5, va="center", **label)
-            axes.text(x + 0.5, y + 0.5, f"{start + i}", fontsize=8, color="0.4", **CENTER)
-            look = {"weight": "bold", "color": INK} if counts else {"color": "0.5"}
-            axes.text(x + 0.5, y + 1.5, word.strip(), fontsize=9, **look, **CENTER, **PLAIN)
-            draw_cell(axes, x, y + 2, f"{counts:d}", GREY if counts else "white")
-        top += 1 + 3.4 * math.ceil(len(words) / per_line)
-    axes.set(xlim=(-1.7, per_line + 0.05), ylim=(top - 0.3, 0))
-    axes.axis("off")
-    return figure
-
-
-def draw_kl(record):
-    one, kl = record["response"], kl_of(record["response"])
-    names = {"log π": "logprobs", "log π_ref": "ref_logprobs"}
-    rows = [(name, one[key], ".2f", None, None) for name, key in names.items()]
-    scale = 0, max(map(abs, kl)) or 1
-    return draw_strips(one, [*rows, ("KL", kl, "+.2f", scale, None)])
-
-
-def label_words(axes, one):
-    words = [*map(str.strip, one["tokens"])]
-    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(words)), words, **turned, **PLAIN)
-    axes.set_xlim(-0.8, len(words) - 0.2)
-    axes.axhline(0, color=INK, linewidth=0.8)
-    clean(axes)
-
-
-def draw_rewards(record):
-    """What each token is paid; at the last one the score stands upon the price of its KL."""
-    one, beta = record["response"], record["batch"]["kl_coef"]
-    score, t = record["batch"]["final_scores"][one["row"]], len(one["ids"]) - 1
-    paid = [-beta * x for x in kl_of(one)]
-    figure = new_figure(3.0)
-    axes = figure.add_subplot()
-    axes.bar(range(t + 1), paid, color=BLUE, label="−β KL")
-    look = {"color": ORANGE, "hatch": "//", "edgecolor": "white"}
-    below = paid[t] if paid[t] * score > 0 else 0.0
-    axes.bar([t], [score], bottom=below, label="score", **look)
-    text = {"fontsize": 10, "weight": "bold", "ha": "right", "va": "center"}
-    axes.text(t - 0.6, score / 2, f"{score:+.2f}", **text)
-    axes.set_ylabel("r")
-    axes.legend(fontsize=10, frameon=False, loc="upper left" if score > 0 else "lower left")
-    label_words(axes, one)
-    return figure
+    (p, r), rows = batch["columns"], []
+    for prompt, response, ended in zip(batch["prompt_lengths"], batch["values"], batch["ended"]):
+        length = len(response)
+        tokens = [0.0] * (p - prompt) + [0.3] * prompt + [0.6] * (length - ended) + [1.0] * ended
+        rows.append(tokens + [0.0] * (r - length))  # how dark each cell is
+    axes = new_figure(4.0).add_subplot()
+    extent = (0, p + r, len(rows), 0)
+    axes.imshow(rows, cmap="Greys", aspect="auto", interpolation="nearest", extent=extent)
+    axes.axvline(p, color=ORANGE)
+    end, y, arrow = p + len(batch["values"][row]), row + 0.5, {"arrowstyle": "->"}
+    axes.annotate(f"row {row}", (end, y), (end + 6, y), va="center", arrowprops=arrow)
+    axes.set(xlabel="column, P + R", ylabel="row of B")
+    return axes.figure
 
 
 def draw_advantages(record):
-    one, ts = record["response"], range(len(record["response"]["ids"]))
+    """Draws values, returns and their difference above, and deltas and advantages below."""
+    one = record["response"]
+    ts = range(len(one["ids"]))
     figure = new_figure(4.8)
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.plot(ts, one["returns"], "s--", color=ORANGE, markersize=4, label="G = A + V")
     upper.plot(ts, one["values"], "o-", color=BLUE, markersize=4, label="V")
-    upper.vlines(ts, one["values"], one["returns"], color="0.6", linewidth=1, zorder=0, label="A")
+    upper.vlines(ts, one["values"], one["returns"], color="0.6", linewidth=1, label="A")
     lower.bar(ts, one["deltas"], color=GREY, edgecolor="0.5", hatch="..", label="δ")
     lower.plot(ts, one["advantages"], "D-", color=INK, markersize=4, label="A")
-    for axes in (upper, lower):
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 0.98), "ncols": 3}
-        axes.legend(fontsize=10, frameon=False, **place)
-    clean(upper)
-    label_words(lower, one)
-    return figure
-
-
-def draw_whitening(record):
-    """The advantages of all counted tokens before and after; below, those of the response."""
-    figure = new_figure(2.5)
-    titles = {"advantages": "A", "whitened": "A, whitened"}
-    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-        every, its = flat(record["batch"][key]), record["response"][key]
-        mean, deviation = statistics.mean(every), statistics.pstdev(every)
-        axes.hist(every, bins=45, color=GREY, edgecolor="0.55", linewidth=0.4)
-        axes.axvline(mean, color=ORANGE, linewidth=2)
-        for side in (-1, 1):
-            axes.axvline(mean + side * deviation, color=ORANGE, linewidth=1.2, linestyle="--")
-        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(its, [-0.06] * len(its), "|", color=BLUE, markersize=8, **place)
-        name = f"mean {show(mean, '.2f')}, deviation {deviation:.2f}"
-        axes.set_title(f"{title}: {name}", fontsize=10)
-        clean(axes)
-        axes.tick_params(axis="x", pad=12)
+    lower.axhline(0, color=INK, linewidth=0.8)
+    label_axes(upper, one)
+    label_axes(lower, one)
     return figure
 
 
 def draw_ratios(record):
-    """The ratio of each token after each epoch; ✂ and a frame where its gradient is 0."""
+    """Draws the ratio of each token after each epoch, and which are cut after the last one."""
     one, settings = record["response"], record["settings"]
-    eps, white = settings["clip_eps"], one["whitened"]
-    per_epoch = len(one["new_logprobs"]) // settings["ppo_epochs"]
-    rows = [("A, whitened", white, "+.2f", (0, 3), None)]
-    for epoch, new in enumerate(one["new_logprobs"][per_epoch - 1 :: per_epoch], 1):
-        ratios = [math.exp(x - y) for x, y in zip(new, one["logprobs"])]
-        marks = [is_cut(ratio, a, eps) for ratio, a in zip(ratios, white)]
-        rows.append((f"ρ, epoch {epoch}", ratios, ".2f", (1, 1), marks))
-    return draw_strips(one, rows)
-
-
-def draw_probabilities(record):
-    """Three tokens' probability after each optimizer step, and what the clip allows."""
-    one, eps = record["response"], record["settings"]["clip_eps"]
-    own = [False, *(one["row"] in rows for rows in record["batch"]["minibatches"])]
-    per_epoch, figure = (len(own) - 1) // record["settings"]["ppo_epochs"], new_figure(2.9)
-    for axes, t in zip(figure.subplots(1, 3), three_tokens(one)):
-        curve = [math.exp(x[t]) for x in [one["logprobs"], *one["new_logprobs"]]]
-        axes.plot(curve, "-", color=INK, linewidth=1.2)
-        at = [step for step, is_in in enumerate(own) if is_in]
-        axes.plot(at, [curve[step] for step in at], "o", color=INK, markersize=5)
-        for bound, sign in ((1 + eps, "+"), (1 - eps, "−")):
-            axes.axhline(bound * curve[0], color=ORANGE, linewidth=1.2, linestyle="--")
-            place = {"va": "bottom", "ha": "right"} if sign == "+" else {"va": "top", "ha": "left"}
-            x = len(own) - 1 if sign == "+" else 0
-            axes.text(x, bound * curve[0], f"1 {sign} ε", color=ORANGE, fontsize=9, **place)
-        word = one["tokens"][t].strip()
-        moved = f"A = {show(one['whitened'][t], '+.2f')}, ρ = {curve[-1] / curve[0]:.2f}"
-        axes.set_title(f"{word}, t = {t}\n{moved}", fontsize=10, **PLAIN)
-        low, high = min(*curve, (1 - eps) * curve[0]), max(*curve, (1 + eps) * curve[0])
-        axes.set_ylim(low - 0.2 * (high - low), high + 0.15 * (high - low))
-        axes.set_xticks(range(0, len(own), per_epoch))
-        axes.set_xlabel("optimizer step", fontsize=9)
-        clean(axes)
-        axes.grid(axis="x", alpha=0.5)
-    return figure
+    eps, per_epoch = settings["clip_eps"], settings["batch_size"] // settings["minibatch_size"]
+    axes = new_figure(3.6).add_subplot()
+    axes.axhspan(1 - eps, 1 + eps, color=GREY, alpha=0.5, label="1 ± ε")
+    for t, advantage in enumerate(one["whitened"]):
+        curve = [math.exp(new[t] - one["logprobs"][t]) for new in one["new_logprobs"]]
+        ratios, colour = curve[per_epoch - 1 :: per_epoch], ORANGE if advantage > 0 else BLUE
+        axes.plot([t] * (len(ratios) + 1), [1.0, *ratios], ".-", color=colour, markersize=5)
+        mark = "X" if is_cut(ratios[-1], advantage, eps) else "o"
+        axes.plot(t, ratios[-1], mark, color=colour, markersize=8)
+    for colour, name in ((ORANGE, "A above 0"), (BLUE, "A below 0")):
+        axes.plot([], [], "o", color=colour, label=name)
+    axes.plot([], [], "X", color=INK, label="cut")
+    axes.set_ylabel("ρ")
+    label_axes(axes, one)
+    return axes.figure
 
 
 PICTURES = {
-    "1_batch.png": draw_batch, "2_tokens.png": draw_tokens, "3_kl.png": draw_kl,
-    "4_rewards.png": draw_rewards, "5_advantages.png": draw_advantages,
-    "6_whitening.png": draw_whitening, "7_ratio.png": draw_ratios,
-    "8_probability.png": draw_probabilities,
+    "1_batch.png": draw_batch, "2_advantages.png": draw_advantages, "3_ratio.png": draw_ratios,
 }
-
-
-def save_picture(figure, path):
-    """A PNG of 64 colours, which has a third of the bytes that one of all colours has."""
-    from PIL import Image  # matplotlib needs it too
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=180)
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 # === 5. The files =================================================================================
 MARK = "<!-- Made by docs/one_batch.py from the template beside it: change that, and run it. -->\n"
-
-
-def fill(template, numbers):
-    """The page: each {name} or {name:.2f} of the template is the number of that name."""
-    return MARK + Numbers().vformat(template, (), numbers)
 
 
 class Numbers(string.Formatter):
@@ -769,58 +400,50 @@ class Numbers(string.Formatter):
         return show(value, form) if is_number else super().format_field(value, form)
 
 
-def to_digits(x, digits=7):
-    """All floats with seven digits: what a float32 holds."""
-    if isinstance(x, dict):
-        return {key: to_digits(value, digits) for key, value in x.items()}
-    if isinstance(x, list):
-        return [to_digits(value, digits) for value in x]
-    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
+def fill(template, numbers):
+    """Returns the page: each {name} or {name:.2f} of the template is the number of that name."""
+    return MARK + Numbers().vformat(template, (), numbers)
 
 
-def write_all(record, folder):
-    """numbers.json and the pictures into the folder, and each page beside it."""
-    figures = {name: draw(record) for name, draw in PICTURES.items()}  # before anything is written
+def to_digits(x):
+    """Returns x with all floats rounded to seven digits, which is what a float32 holds."""
+
+    def rounded(text):
+        return float(f"{float(text):.7g}")
+
+    return json.loads(json.dumps(x), parse_float=rounded)
+
+
+def run(cfg):
+    """Returns the record of a run with these flags."""
+    if cfg.iteration > cfg.iterations or cfg.row >= cfg.batch_size:
+        raise UserError("--iteration goes up to --iterations, and --row stays below --batch-size")
+    if cfg.advantage != "gae" or cfg.max_approx_kl or not ppo.check_config(cfg).judge:
+        raise UserError("the page shows --advantage gae, all optimizer steps and a --judge")
+    with tempfile.TemporaryDirectory() as output:
+        cfg = dataclasses.replace(cfg, output=output)
+        return to_digits(make_record(cfg, record_iteration(cfg)))
+
+
+def main(cfg):
+    folder = pathlib.Path(cfg.folder)
+    new_figure(1)  # if matplotlib is missing, this says so before the run
+    if cfg.redraw:
+        record = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+    else:
+        record = run(cfg)
+    record["page"] = to_digits(summary(record))
     folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        draw(record).savefig(folder / name, dpi=180)
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
     (folder / "numbers.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    for name, figure in figures.items():
-        save_picture(figure, folder / name)
     for template in sorted(HERE.glob("one_batch*.template.md")):
         page = fill(template.read_text(encoding="utf-8"), record["page"])
         name = template.name.replace(".template", "")
         (folder.parent / name).write_text(page, encoding="utf-8")
-
-
-def run(iteration, flags):
-    """The record of a run with these flags of ppo.py."""
-    with tempfile.TemporaryDirectory() as output:
-        cfg = cli.parse_args(ppo.Config, __doc__.splitlines()[0], [*flags, "--output", output])
-        if not 1 <= iteration <= cfg.iterations:
-            raise UserError(f"--iteration is {iteration}; it must be from 1 to {cfg.iterations}")
-        if cfg.advantage != "gae" or cfg.max_approx_kl or not ppo.with_embedded_defaults(cfg).judge:
-            raise UserError("the page shows --advantage gae, all optimizer steps and a --judge")
-        return to_digits(make_record(cfg, iteration, listen(cfg, iteration)))
-
-
-def main(argv=None):
-    """From the command line to the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--iteration", type=int, default=7, help="(default: %(default)s)")
-    place = {"type": pathlib.Path, "default": HERE / "one_batch"}
-    parser.add_argument("--folder", **place, help="of pictures and numbers, beside the page")
-    parser.add_argument("--redraw", action="store_true", help="no run: what numbers.json holds")
-    args, flags = parser.parse_known_args(argv)
-    new_figure(1)  # no matplotlib is told before the run
-    if args.redraw:
-        record = json.loads((args.folder / "numbers.json").read_text(encoding="utf-8"))
-    else:
-        record = run(args.iteration, flags)
-    record["page"] = to_digits(summary(record))
-    write_all(record, args.folder)
-    print(f"wrote {args.folder} and the page beside it")
+    print(f"wrote {folder} and the pages beside it")
 
 
 if __name__ == "__main__":
-    with cli.command_line():
-        main()
+    harness.run_stage(main, Config, __doc__.splitlines()[0])

@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import common  # noqa: E402
+import harness  # noqa: E402
 from data import tiny_model  # noqa: E402
-from plumbing import cli  # noqa: E402
 
 torch.set_num_threads(1)  # the models are too small to share out
 
@@ -90,8 +90,7 @@ def run_stage(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *sum(groups.values(), [])])
         status = 0
         try:
-            with cli.command_line():
-                module.main(cli.parse_args(module.Config, module.__doc__.splitlines()[0]))
+            harness.run_stage(module.main, module.Config, module.__doc__.splitlines()[0])
         except SystemExit as stop:
             status = stop.code
         captured = capsys.readouterr()

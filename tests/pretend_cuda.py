@@ -5,31 +5,25 @@
 
 A tensor on "cuda:0" is a wrapper that holds a CPU tensor: each operation computes real numbers on
 the CPU, and what real CUDA refuses raises here too. It pretends
-- devices: tensors of two devices in one operation raise, but for what CUDA allows (CPU scalars, CPU
-  indices, copies); .numpy() raises; autocast, autograd (a thread per device), fused and foreach
+- devices: tensors of two devices in one operation raise, except for what CUDA allows (CPU scalars,
+  CPU indices, copies); .numpy() raises; autocast, autograd (a thread per device), fused and foreach
   optimizers are those of CUDA; CUDA starts when it is first needed, as the real one does;
-- random numbers: a generator per device, apart from the CPU's, behind torch.cuda.*rng_state*
-  (--one-generator: all draw the CPU's numbers, so that a run can equal one on the CPU);
 - memory: bytes of live storages and their peak, behind torch.cuda.*memory_allocated;
-- errors: --fail PLACE --how KIND raises one of FAULTS at the N-th allocation or wait in a place,
-  FUNCTION:N, or backward:N, or in a phase and step of the run, "log-probabilities@2:N";
+- errors: --fail PLACE:N raises out of memory at the N-th allocation or wait in a place: a function,
+  backward, or a phase and step of the run, like log-probabilities@2;
 - waiting: .item(), nonzero, indexing by a bool mask and blocking copies stop the host until the
   device is done; each is counted by the line of the script's folder that caused it;
-- launches: every operation that is more than a view, counted likewise;
-- an index out of range, which raises only where the host next waits; and cumsum of floats, which
-  raises under torch.use_deterministic_algorithms(True).
-The report also has the peak by phase and step, the draws of random numbers, where a float64 was
-made on a device, and which functions of torch.cuda the scripts called.
+- cumsum of floats, which raises under torch.use_deterministic_algorithms(True).
+The report also has the peak by phase and step, where random numbers were drawn on a device, where a
+float64 was made on one, and which functions of torch.cuda the scripts called.
 
-It does not show speed, kernels (attention is the plain one, about 15 launches for one; no TF32, no
-atomics, no --compile), memory within an operation, fragmentation, streams, pinned memory, the form
-of a real generator's state, or that a checkpoint remembers its device. It needs a CPU build of
-torch, and g++, once: such a build has no device guard for CUDA.
+It does not show speed, kernels (attention is the plain one; no TF32, no atomics, no --compile), the
+device's own random numbers, memory within an operation, fragmentation, streams or pinned memory. It
+needs a CPU build of torch and, once, g++: such a build has no device guard for CUDA.
 """
 
 import argparse
 import collections
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -37,7 +31,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
 import runpy
 import subprocess
 import sys
@@ -109,22 +102,17 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-LOOKUPS = INDEXED | {"embedding", "gather", "scatter_add", "index_select", "nll_loss_forward"}
 WAITS = {"_local_scalar_dense": ".item()"} | {name: name for name in (
     "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount",
 )}
 MIXES_SCALARS = {"where", "masked_fill", "masked_fill_", "fill_", "_fused_adam_", "_fused_adamw_"}
-NO_KERNEL = {  # and views
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
-    "lift_fresh", "_local_scalar_dense",
-}
-options = argparse.Namespace(devices=1, fail=None, one_generator=False, folder=os.getcwd())
+options = argparse.Namespace(devices=1, fail=None, folder=os.getcwd())
 # {(what, phase, step, place): times}
-waits, launches, draws, doubles = (collections.Counter() for _ in range(4))
+waits, draws, doubles = (collections.Counter() for _ in range(3))
 calls = collections.Counter()  # {(function of torch.cuda, place in the scripts): times}
 in_use, peak = collections.Counter(), collections.Counter()  # bytes by device index
 peaks = {}  # {(device index, phase, step): bytes}
-state = {"current": 0, "assert": False, "faults": 0, "started": ""}
+state = {"current": 0, "faults": 0, "started": "", "phase": "loading", "step": 0}
 blocks = weakref.WeakValueDictionary()  # address -> Block
 
 
@@ -196,21 +184,6 @@ class Pretend(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-def error(message):
-    hint = "CUDA kernel errors might be asynchronously reported at some other API call."
-    return getattr(torch, "AcceleratorError", RuntimeError)(f"CUDA error: {message}\n{hint}")
-
-
-FAULTS = {  # the ways in which CUDA says it
-    "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cuda": lambda: error("out of memory"),
-    "cublas": lambda: RuntimeError(
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "cudnn": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    "assert": lambda: error("device-side assert triggered"),
-}
-
-
 def on_device(device):
     """A CUDA device with its index, or None for another kind."""
     if device is not None:
@@ -219,7 +192,7 @@ def on_device(device):
         return None
     index = state["current"] if device.index is None else device.index
     if index >= options.devices:
-        raise error("invalid device ordinal")
+        raise RuntimeError("CUDA error: invalid device ordinal")
     return torch.device("cuda", index)
 
 
@@ -252,8 +225,6 @@ def run(func, args, kwargs):
     name, to_host = func.overloadpacket.__name__, kwargs.get("device") and target is None
     home = None if to_host else target or ours[0].device
     check_devices(func, name, args, ours, plain)
-    if not func.is_view and name not in NO_KERNEL:
-        launches[name, *now(), place()] += 1
     count_waits(name, args, kwargs, target, to_host)
     if name == "cumsum" and torch.are_deterministic_algorithms_enabled():
         if ours[0].is_floating_point():
@@ -262,10 +233,11 @@ def run(func, args, kwargs):
         if getattr(kwargs.get("generator"), "device", home).type == "cpu":
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         draws[name, *now(), place()] += 1
-        with numbers_of(home):
-            result = compute(func, name, args, kwargs)
-    else:
-        result = compute(func, name, args, kwargs)
+    given, named = mapped(lambda x: getattr(x, "held", x), (args, kwargs))
+    if "device" in named:
+        named["device"] = torch.device("cpu")
+    named.pop("pin_memory", None)
+    result = func(*given, **named)
     known = {id(x.held): x for x in ours} | {id(x): x for x in plain}
 
     def wrap(x):  # an operation in place returns what it was given
@@ -274,37 +246,6 @@ def run(func, args, kwargs):
         return known[id(x)] if id(x) in known else x if home is None else CudaTensor(x, home)
 
     return mapped(wrap, result)
-
-
-@contextlib.contextmanager
-def numbers_of(device):
-    """Random numbers come from the device's generator, in place of the CPU's."""
-    if options.one_generator:
-        yield
-        return
-    generator, kept = torch.cuda.default_generators[device.index], torch.get_rng_state()
-    torch.default_generator.set_state(generator.get_state())
-    try:
-        yield
-    finally:
-        generator.set_state(torch.default_generator.get_state())
-        torch.default_generator.set_state(kept)
-
-
-def compute(func, name, args, kwargs):
-    """The operation on what its tensors hold; an index out of range is noted and read as 0."""
-    given, named = mapped(lambda x: getattr(x, "held", x), (args, kwargs))
-    if "device" in named:
-        named["device"] = torch.device("cpu")
-    named.pop("pin_memory", None)
-    try:
-        return func(*given, **named)
-    except (IndexError, RuntimeError) as problem:
-        if name not in LOOKUPS or not re.search("out of (range|bounds)", str(problem)):
-            raise
-        state["assert"] = True  # the kernel fails later, the host goes on
-        zero = lambda x: x * 0 if x.dtype == torch.int64 else x
-        return func(*mapped(zero, given), **named)
 
 
 def check_devices(func, name, args, ours, plain):
@@ -346,11 +287,9 @@ def count_waits(name, args, kwargs, target, to_host):
 
 
 def wait(kind):
-    """The host waits for the device here, and hears of its asserts."""
+    """The host waits for the device here."""
     waits[kind, *now(), place()] += 1
     maybe_fail()
-    if state["assert"]:
-        raise error("device-side assert triggered")
 
 
 def frames():
@@ -383,9 +322,22 @@ def place():
 
 
 def now():
-    """(phase, step) that the run is in, if it says."""
-    now_in = getattr(sys.modules.get("plumbing.cli"), "now_in", {})
-    return now_in.get("phase", ""), now_in.get("step", 0)
+    """(phase, step) of the run, as harness.Run.phase and steps have it."""
+    return state["phase"], state["step"]
+
+
+def follow_run():
+    """Lets the phases of harness.Run be known here."""
+    import harness
+
+    enter = harness.Run.phase
+
+    def phase(run, name):
+        seconds = enter(run, name)
+        state["phase"], state["step"] = name, run.step
+        return seconds
+
+    harness.Run.phase = phase
 
 
 def maybe_fail():
@@ -401,7 +353,7 @@ def maybe_fail():
         is_here |= where == "backward" and threading.current_thread() != threading.main_thread()
     state["faults"] += is_here
     if is_here and state["faults"] == int(number or 1):
-        raise FAULTS[options.how]()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def make_tensor(original, data, **kwargs):
@@ -441,9 +393,6 @@ def install(devices=1):
         old, state["current"] = state["current"], max(index, 0)
         return old
 
-    generators = [torch.Generator() for _ in range(devices)]
-    if options.one_generator:
-        generators = [torch.default_generator] * devices
     replaced = {
         "is_available": lambda: True, "device_count": lambda: devices, "_lazy_init": start,
         "current_device": lambda: state["current"],
@@ -458,7 +407,7 @@ def install(devices=1):
         "is_bf16_supported": lambda including_emulation=True: True,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "pretended",
-        "default_generators": tuple(generators),
+        "default_generators": tuple(torch.Generator() for _ in range(devices)),
     }
     torch.cuda._queued_calls.clear()
     for name in {*replaced, *torch.cuda.__all__}:
@@ -481,9 +430,7 @@ def install(devices=1):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--fail", help="FUNCTION:N or PHASE@STEP:N, where an error is raised")
-    parser.add_argument("--how", choices=FAULTS, default="memory", help="the error")
-    parser.add_argument("--one-generator", action="store_true", help="all draw the CPU's numbers")
+    parser.add_argument("--fail", help="FUNCTION:N or PHASE@STEP:N, where memory runs out")
     parser.add_argument("--deterministic", action="store_true", help="only such algorithms")
     parser.add_argument("--report", help="a JSON file for all that is counted")
     parser.add_argument("--jobs", help="a JSON file, {name: [the arguments of a run, ...]}")
@@ -499,6 +446,7 @@ def run_script():
     sys.argv = [options.script, *options.arguments]
     install(options.devices)
     torch.use_deterministic_algorithms(options.deterministic)
+    follow_run()
     try:
         with Pretend():
             runpy.run_path(str(script), run_name="__main__")
@@ -514,8 +462,8 @@ def report():
     return {
         "started": state["started"], "peak": {f"cuda:{i}": n for i, n in peak.items()},
         "peaks": [of_phase(k) | {"bytes": n} for k, n in peaks.items()],
-        "waits": rows(waits), "launches": rows(launches), "draws": rows(draws),
-        "float64": rows(doubles), "calls": [[*k, n] for k, n in calls.items()],
+        "waits": rows(waits), "draws": rows(draws), "float64": rows(doubles),
+        "calls": [[*k, n] for k, n in calls.items()],
     }
 
 

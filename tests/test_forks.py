@@ -1,6 +1,7 @@
-"""The patches of examples/forks apply to ppo.py as it is, are small, and run."""
+"""The patches of examples/forks apply to ppo.py as it is, are small, and do what they say."""
 
-import json
+import dataclasses
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,107 +9,186 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_rows, tiny_lm
+from conftest import PROMPTS, ROOT, read_rows, tiny_lm, write_rows
 
 import common
+import ppo
 
 FORKS = ROOT / "examples" / "forks"
+DEAD_FLAGS = {"advantage", "gamma", "lam", "critic", "critic_lr", "value_coef", "value_clip_eps"}
+DEAD_COLUMNS = {"explained_variance", "value_loss", "critic_grad_norm"}
 
 
-def changed_lines(patch):
-    return len(re.findall(r"^[+-](?![+-]{2} )", patch.read_text(encoding="utf-8"), re.M))
+def added_lines(patch):
+    return len(re.findall(r"^\+(?!\+\+ )", patch.read_text(encoding="utf-8"), re.M))
 
 
-def forked(tmp_path, *names):
-    """A copy of the project with the patches applied."""
-    project = tmp_path / "project"
-    shutil.copytree(ROOT, project, ignore=lambda folder, files: {file for file in files if file in ("ckpt", ".git", ".venv", "tests", "results", "__pycache__")})
-    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
-    for name in names:
-        subprocess.run(["git", "apply", str(FORKS / name)], cwd=project, check=True)
-    return project
+def load_fork(patch, folder):
+    """Returns the patched ppo.py as a module; all else is that of this project."""
+    folder.mkdir()
+    shutil.copy(ROOT / "ppo.py", folder)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run(["git", "apply", str(patch)], cwd=folder, check=True)
+    name = f"ppo_{patch.stem}"
+    spec = importlib.util.spec_from_file_location(name, folder / "ppo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def run_fork(project, world, output, *more):
-    reward = [] if "--reward" in more else ["--reward", world / "reward_model"]
-    flags = ["--policy", world / "sft", *reward, "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl", "--iterations", 2,
-             "--batch-size", 8, "--minibatch-size", 4, "--response-length", 6, "--device", "cpu", "--lr", "1e-3", "--output", output, *more]
-    run = subprocess.run([sys.executable, "ppo.py", *map(str, flags)], cwd=project, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return [row for row in read_rows(output / "metrics.jsonl") if "split" not in row], run.stdout
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks")
+    return {path.stem: load_fork(path, folder / path.stem) for path in FORKS.glob("*.patch")}
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(FORKS.glob("*.patch"))])
-def test_each_patch_has_at_most_40_changed_lines_and_as_many_as_its_readme_says(name):
-    number = changed_lines(FORKS / name)
-    assert number <= 40
-    assert re.search(rf"^\| `{re.escape(name)}` \| {number} \|", (FORKS / "README.md").read_text(encoding="utf-8"), re.M), number
+def flags_of(world, output, reward, *more):
+    return [
+        "--policy", world / "sft", "--reward", reward, "--prompts", world / "prompts.jsonl",
+        "--eval-prompts", world / "prompts.jsonl", "--iterations", 2, "--batch-size", 8,
+        "--minibatch-size", 4, "--response-length", 6, "--device", "cpu", "--lr", 1e-3,
+        "--output", output, *more,
+    ]
 
 
-def test_rloo_trains_without_a_critic_on_k_responses_to_each_prompt(world, tmp_path):
-    project = forked(tmp_path, "rloo.patch")
-    (project / "keep.py").write_text(
-        f"import json\ndef keep(prompts, responses, rows):\n    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
-        "        file.write(json.dumps(prompts) + '\\n')\n    return [float(len(response)) for response in responses]\n"
+def steps_of(output):
+    return [row for row in read_rows(output / "metrics.jsonl") if "split" not in row]
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "kl_in_loss"])
+def test_a_patch_adds_at_most_25_lines_as_its_readme_says_and_keeps_to_100_columns(name, forks):
+    number = added_lines(FORKS / f"{name}.patch")
+    readme = (FORKS / "README.md").read_text(encoding="utf-8")
+    assert number <= 25 and f"| `{name}.patch` | {number} |" in readme, number
+    with open(forks[name].__file__, encoding="utf-8") as file:
+        assert max(len(line.rstrip("\n")) for line in file) <= 100
+
+
+@pytest.mark.parametrize("name, k", [("rloo", 4), ("grpo", 8)])
+def test_a_fork_without_a_critic_has_none_in_its_models_flags_and_log(
+    name, k, forks, world, tmp_path, run_stage
+):
+    module, prompts, score = forks[name], [], ppo.FunctionScorer.call
+    (tmp_path / "mine.py").write_text(
+        "def length(prompts, responses, rows):\n    return [len(text) for text in responses]\n"
     )
-    rows, out = run_fork(project, world, tmp_path / "out", "--reward", "keep.py:keep", "--samples-per-prompt", 4)
-    assert len(rows) == 2 and all(row["critic_grad_norm"] is None and row["value_loss"] == 0 and row["grad_norm"] > 0 and row["ratio_first"] == pytest.approx(1, abs=1e-6) for row in rows)
-    assert not (tmp_path / "out" / "critic").exists() and "critic" not in out.split("EOS")[0].replace("critic lr", "")
-    batches = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
-    rollouts = [batch for batch in batches if batch[0] == batch[3] and batch[4] == batch[7] and len(batch) == 8]
-    assert len(rollouts) >= 2 and any(batch[3] != batch[4] for batch in rollouts)
+
+    def recorded(scorer, rows, responses):
+        prompts.append([row["prompt"] for row in rows])
+        return score(scorer, rows, responses)
+
+    different = [{"prompt": f"{row['prompt']} {i}"} for i, row in enumerate(PROMPTS)]
+    write_rows(tmp_path / "different.jsonl", different)
+    flags = flags_of(world, tmp_path / "out", f"{tmp_path / 'mine.py'}:length", "--explain")
+    for name in ("--prompts", "--eval-prompts"):
+        flags += [name, tmp_path / "different.jsonl"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.FunctionScorer, "call", recorded)
+        status, out, err = run_stage(module, *flags)
+    assert status == 0, err
+    rows = steps_of(tmp_path / "out")
+    assert len(rows) == 2 and not DEAD_COLUMNS & {*rows[0]} and " critic" not in out
+    for row in rows:
+        assert row["grad_norm"] > 0 and row["ratio_first"] == pytest.approx(1, abs=1e-6)
+        assert row["policy_loss"] != 0
+    fields = {field.name: field for field in dataclasses.fields(module.Config)}
+    assert not DEAD_FLAGS & {*fields} and fields["samples_per_prompt"].default == k
+    assert not (tmp_path / "out" / "critic").exists()
+    tokenizer = common.load_tokenizer(str(tmp_path / "out"))
+    policy = common.load_causal_lm(str(tmp_path / "out"), tokenizer)
+    assert policy.num_parameters() >= tiny_lm().num_parameters()
+    rollouts = [batch for batch in prompts if len(batch) == 8 and batch[0] == batch[1]]
+    assert len(rollouts) == 2  # of the calls in training; evaluations have each prompt once
+    for batch in rollouts:
+        groups = [batch[i : i + k] for i in range(0, 8, k)]
+        assert all(len(set(group)) == 1 for group in groups)
+    status, _, err = run_stage(module, *flags, "--overwrite", "--samples-per-prompt", 1)
+    assert status == 2 and "--samples-per-prompt is 1; it must be at least 2" in err
 
 
-def test_the_leave_one_out_advantage_by_hand(tmp_path):
-    program = (
-        "import torch, ppo\n"
-        "rewards = torch.tensor([[1., 2.], [3., 0.], [5., 9.], [7., 1.], [0., 4.], [2., 2.]])\n"
-        "mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, True], [True, False]])\n"
-        "print(ppo.rloo(rewards, rewards, mask, 3)[0].tolist())"
-    )
-    run = subprocess.run([sys.executable, "-c", program], cwd=forked(tmp_path, "rloo.patch"), capture_output=True, text=True)
-    # paid 3, 3, 14 and 8, 4, 2: minus the means of the two others, 8.5, 8.5, 3 and 3, 5, 6
-    assert json.loads(run.stdout) == [[-5.5, -5.5], [-5.5, 0.0], [11.0, 11.0], [5.0, 5.0], [-1.0, -1.0], [-4.0, 0.0]], run.stderr
+def test_a_finished_fork_without_a_critic_is_continued(forks, world, tmp_path, run_stage):
+    flags = flags_of(world, tmp_path / "out", world / "reward_model")
+    assert run_stage(forks["grpo"], *flags)[0] == 0
+    status, _, err = run_stage(forks["grpo"], *flags, "--resume", "--iterations", 3)
+    assert status == 0 and len(steps_of(tmp_path / "out")) == 3, err
 
 
-def test_the_kl_in_the_loss_pulls_towards_the_reference(world, tmp_path):
-    """With a constant reward only the KL acts: a policy that has been moved away comes back, and with beta 0 it does not."""
-    project = forked(tmp_path, "kl_in_loss.patch")
-    (project / "zero.py").write_text("def zero(prompts, responses, rows):\n    return [0.0] * len(rows)\n")
-    away = (
-        "import common, ppo, torch\nload = ppo.load_models\ndef moved(*arguments):\n    models = load(*arguments)\n    torch.manual_seed(9)\n"
-        "    with torch.no_grad():\n        for p in models[0].parameters():\n            p += 0.03 * torch.randn_like(p)\n    return models\nppo.load_models = moved\n"
-        "import sys\nfrom plumbing import cli\nwith cli.command_line():\n    ppo.main(cli.parse_args(ppo.Config, ''))\n"
-    )
-    (project / "away.py").write_text(away)
-    kls = {}
-    for beta in ("1.0", "0"):
-        flags = ["--policy", world / "sft", "--reward", "zero.py:zero", "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl", "--iterations", 12,
-                 "--batch-size", 24, "--minibatch-size", 24, "--response-length", 6, "--missing-eos-penalty", 0, "--value-coef", 0, "--device", "cpu", "--lr", "1e-3", "--kl-coef", beta, "--output", tmp_path / beta]
-        run = subprocess.run([sys.executable, "away.py", *map(str, flags)], cwd=project, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-        kls[beta] = [row["kl_k3"] for row in read_rows(tmp_path / beta / "metrics.jsonl") if "split" not in row]
-    ended = {beta: sum(values[-8:]) / 8 for beta, values in kls.items()}  # of 24 responses each: noisy
-    assert ended["1.0"] < 0.5 * kls["1.0"][0] and ended["1.0"] < 0.6 * ended["0"], kls
+REWARDS = torch.tensor([[1.0, 2], [3, 0], [5, 9], [7, 1], [0, 4], [2, 0]])
+MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]]).bool()
 
 
-def test_both_patches_fit_together(world, tmp_path):
-    rows, _ = run_fork(forked(tmp_path, "rloo.patch", "kl_in_loss.patch"), world, tmp_path / "out")
-    assert len(rows) == 2
-    assert common.load_causal_lm(str(tmp_path / "out"), common.load_tokenizer(str(tmp_path / "out"))).num_parameters() >= tiny_lm().num_parameters()
+def test_the_leave_one_out_advantage_by_hand(forks):
+    # The totals are 3, 3, 14 and 8, 4, 2. The means of the two others: 8.5, 8.5, 3 and 3, 5, 6.
+    by_hand = [[-5.5, -5.5], [-5.5, 0], [11, 11], [5, 5], [-1, -1], [-4, 0]]
+    assert forks["rloo"].rloo(REWARDS, MASK, 3).tolist() == by_hand
 
 
-def test_the_gradient_of_k3_is_that_of_the_other_kl_and_the_ratio_mends_it():
-    """What the README of the forks says, by enumeration: a mean over the policy's own tokens, which the gradient doesn't reach."""
+def test_the_group_normalized_advantage_by_hand(forks):
+    # The totals are 3, 3, 14 and 8, 4, 2, their means 20/3 and 14/3. The squared differences from
+    # them add up to 242/3 and 56/3, so the standard deviations are sqrt(121/3) and sqrt(28/3).
+    first, second = (121 / 3) ** 0.5 + 1e-4, (28 / 3) ** 0.5 + 1e-4
+    by_hand = [-11 / 3 / first, -11 / 3 / first, 22 / 3 / first]
+    by_hand += [10 / 3 / second, -2 / 3 / second, -8 / 3 / second]
+    advantages = forks["grpo"].grpo(REWARDS, MASK, 3)
+    assert advantages[:, 0].tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert torch.equal(advantages[:, 1], torch.where(MASK[:, 1], advantages[:, 0], 0.0))
+    same = forks["grpo"].grpo(torch.ones(4, 2), torch.ones(4, 2).bool(), 2)
+    assert same.tolist() == torch.zeros(4, 2).tolist()  # where all k are alike nothing is learned
+
+
+@pytest.mark.parametrize("name", ["kl_in_loss", "grpo"])
+def test_the_kl_in_the_loss_pulls_towards_the_reference(
+    name, forks, world, tmp_path, run_stage, monkeypatch
+):
+    """With a constant reward only the KL acts: a policy that has been moved away comes back, and
+    with beta 0 it does not.
+    """
+    module = forks[name]
+    load = module.load_models
+    function = "def zero(prompts, responses, rows):\n    return [0] * len(rows)\n"
+    (tmp_path / "zero.py").write_text(function)
+
+    def moved(cfg, tokenizer, longest, device):
+        models = load(cfg, tokenizer, longest, device)
+        torch.manual_seed(9)
+        with torch.no_grad():
+            for weight in models[0].parameters():
+                weight += 0.03 * torch.randn_like(weight)
+        return models
+
+    monkeypatch.setattr(module, "load_models", moved)
+    first, last = {}, {}
+    for beta in (1, 0):
+        flags = ["--iterations", 18, "--batch-size", 24, "--minibatch-size", 24, "--kl-coef", beta]
+        flags += ["--missing-eos-penalty", 0]
+        flags += ["--value-coef", 0] if name == "kl_in_loss" else []
+        output, reward = tmp_path / f"{beta}", f"{tmp_path / 'zero.py'}:zero"
+        status, _, err = run_stage(module, *flags_of(world, output, reward, *flags))
+        assert status == 0, err
+        kls = [row["kl_k3"] for row in steps_of(output)]
+        first[beta], last[beta] = kls[0], sum(kls[-8:]) / 8  # of 24 responses each: noisy
+    assert last[1] < 0.5 * first[1] and last[1] < 0.6 * last[0], (first, last)
+
+
+@pytest.mark.parametrize("name", ["kl_in_loss", "grpo"])
+def test_the_gradient_of_k3_is_that_of_the_other_kl_and_the_ratio_mends_it(name):
+    """The README's claim, by enumeration: a mean over the policy's own tokens, which are drawn
+    without gradient.
+    """
     generator = torch.Generator().manual_seed(3)
-    logits, ref = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits, ref = torch.randn(2, 7, generator=generator, dtype=torch.float64)
     logits.requires_grad_()
     logp, ref = logits.log_softmax(0), ref.log_softmax(0)
-    gradient = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
-    log_ratio, own = ref - logp, logp.exp().detach()
-    of_patch = re.search(r"^\+.* kl_coef \* \((.*)\)$", (FORKS / "kl_in_loss.patch").read_text(encoding="utf-8"), re.M)[1]
-    k3, ratio = eval(of_patch, {"log_ratio": log_ratio}), (logp - logp.detach()).exp()
+    patch = (FORKS / f"{name}.patch").read_text(encoding="utf-8")
+    expression = re.search(r"^\+ +k3 = (.*?)  #", patch, re.M)[1]
+    k3 = eval(expression, {"log_ref_ratio": ref - logp, "torch": torch})
+    own, ratio = logp.exp().detach(), (logp - logp.detach()).exp()
     to_ref, from_ref = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
     torch.testing.assert_close((own * k3).sum(), to_ref)
     torch.testing.assert_close(gradient((own * k3).sum()), gradient(from_ref))
     torch.testing.assert_close(gradient((own * ratio * k3).sum()), gradient(to_ref))

@@ -1,224 +1,119 @@
-"""Flags, rows, logs and checkpoints; and which file may import which."""
+"""The files of the project: who may import whom, how long things are, and that nothing is unused."""
 
 import ast
+import collections
 import dataclasses
-import gzip
-import json
-import re
-import types
 
 import pytest
-import torch
-from conftest import ROOT, tiny_lm
+from conftest import ROOT
 
-import common
+import harness
 import ppo
-import reward_model
-import sft
-from data import tiny_model
-from plumbing import cli, folders, runs
-from plumbing import rows as rows_
 
-PAIR = [("prompt", "completion"), ("text",)]
-
-
-def read(tmp_path, content, formats=PAIR, name="data.jsonl"):
-    (tmp_path / name).write_bytes(content)
-    return rows_.read_rows([str(tmp_path / name)], formats)
-
-
-def test_rows_of_either_format_bom_crlf_and_gzip_are_read_and_other_keys_kept(tmp_path):
-    content = b'\xef\xbb\xbf{"prompt": "a", "completion": "b", "id": 7}\r\n{"text": "\\u00e9"}'
-    expected = [{"prompt": "a", "completion": "b", "id": 7}, {"text": "é"}]
-    assert read(tmp_path, content) == expected
-    assert read(tmp_path, gzip.compress(content), name="data.jsonl.gz") == expected
-
-
-@pytest.mark.parametrize("line, problem", [
-    (b"", "is empty"), (b"   ", "is empty"), (b'{"text": "a", "tools": 7}', "has a int under 'tools', not a list"), (b'{"text": ', "is not JSON"), (b"[1]", "is a JSON list"), (b"7", "is a JSON int"),
-    (b'{"prompt": "a"}', "has the keys 'prompt'"), (b"{}", "(none)"), (b'{"text": 7}', "has a int under 'text'"),
-    (b'{"text": null}', "has the keys 'text' (null);"), (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-    (b'{"text": "\xff"}', "is not UTF-8 at byte 10"), (b"[" * 100_000, "is not JSON"), (b'{"prompt": ["a"], "completion": "b"}', "has a list under 'prompt' whose items are not all"), (b'{"text": []}', "has an empty list under 'text', not a string;"),
-    (b'{"prompt": [{"role": "user"}], "completion": "b"}', 'not all {"role": "...", "content": "..."}'), (b'{"prompt": [{"role": "user", "content": "\\ud800"}], "completion": "b"}', "half of a surrogate pair under 'prompt'"),
-])
-def test_a_bad_line_is_named_with_file_line_problem_and_an_example(tmp_path, line, problem):
-    with pytest.raises(common.UserError) as error:
-        read(tmp_path, b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
-    message = str(error.value)
-    assert "data.jsonl line 2" in message and problem in message
-    assert '{"prompt": "...", "completion": "..."} or {"text": "..."}' in message
-
-
-@pytest.mark.parametrize("content, name", [(b"", "a.jsonl"), (b"not gzip", "a.jsonl.gz"), (gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], "b.jsonl.gz"), (gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:12] + b"\xff" * 30, "c.jsonl.GZ")])
-def test_an_empty_or_damaged_file_is_named(tmp_path, content, name):
-    with pytest.raises(common.UserError, match=name):
-        read(tmp_path, content, name=name)
-
-
-def test_a_flag_or_a_file_given_twice_is_refused(tmp_path):
-    with pytest.raises(common.UserError, match="--data is given twice"):
-        cli.parse_args(sft.Config, "", ["--data", "a", "--epochs", "1", "--data=b"])
-    with pytest.raises(common.UserError, match="a.jsonl is given twice"):
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"text": "a"}\n')
-        rows_.read_rows([str(path), str(path)], PAIR)
-
-
-@pytest.mark.parametrize("module", [sft, reward_model, ppo])
-def test_flags_take_dashes_underscores_and_equals_and_defaults_are_the_config(module):
-    assert cli.parse_args(module.Config, "", []) == module.Config()
-    for argv in (["--max-grad-norm", "3"], ["--max_grad_norm", "3"], ["--max-grad-norm=3"]):
-        assert cli.parse_args(module.Config, "", argv) == dataclasses.replace(module.Config(), max_grad_norm=3.0)
-    for argv, hint in ((["--max-grad-nrom", "3"], "did you mean --max-grad-norm?"), (["--max-grad", "3"], "--max-grad-norm"), (["--lr", "x"], "--lr"), (["stray"], "stray"), (["--dtype", "fp16"], "fp16")):
-        with pytest.raises(common.UserError, match=hint.replace("?", r"\?")):
-            cli.parse_args(module.Config, "", argv)
-
-
-@pytest.mark.parametrize("module", [sft, reward_model, ppo])
-def test_every_flag_is_in_help_with_dashes_and_is_read_by_the_code(module, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.parse_args(module.Config, module.__doc__.splitlines()[0], ["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    stage = (ROOT / f"{module.__name__}.py").read_text(encoding="utf-8")
-    code = stage[stage.index("# === 1.") :] + "".join(path.read_text(encoding="utf-8") for path in (ROOT / "plumbing").glob("*.py"))
-    named_by_string = ("model", "policy", "reward", "data", *cli.SIZES)  # folders.claim and cli look these up in any stage's flags
-    for field in dataclasses.fields(module.Config):
-        assert re.search(rf"^  --{field.name.replace('_', '-')}\b", text, re.M)
-        assert re.search(rf"\b(cfg|self)\.{field.name}\b", code) or field.name in named_by_string, f"nothing reads --{field.name}"
-    assert not re.search(r"--\w+_\w+", text) and text.index("run:") < text.index("data:")
-    assert all(f"cfg.{name}" in stage for name in ("policy", "reward", "batch_size", "response_length")) or module is not ppo
-
-
-def test_a_flag_out_of_its_range_is_refused_and_one_without_a_value_is_not_checked():
-    for module in (sft, reward_model, ppo):
-        cli.check_ranges(module.Config())
-        for field in dataclasses.fields(module.Config):
-            low, high = field.metadata["range"]
-            for bad in ([] if low is None else [low - 1]) + ([] if high is None else [high + 1]):
-                with pytest.raises(common.UserError, match=f"{cli.flag_of(field.name)} is {bad}; it must be"):
-                    cli.check_ranges(dataclasses.replace(module.Config(), **{field.name: bad}))
-
-
-def a_run(folder):
-    run = types.SimpleNamespace(folder=folder)
-    return lambda name, row: runs.Run.append(run, name, row)
-
-
-def test_numbers_that_are_not_finite_become_null_in_the_log(tmp_path):
-    a_run(tmp_path)("log", {"a": float("nan"), "b": float("inf"), "c": 1.5, "d": None, "e": "é"})
-    assert json.loads((tmp_path / "log").read_text(encoding="utf-8")) == {"a": None, "b": None, "c": 1.5, "d": None, "e": "é"}
-
-
-def test_a_checkpoint_takes_the_place_of_the_one_before_whole_or_not_at_all(tmp_path):
-    cfg, tokenizer, model = sft.Config(output=str(tmp_path / "out")), tiny_model.train_tokenizer(["a"], 300), tiny_lm(vocab_size=300)
-    folders.clear(tmp_path / "out", cfg)
-    (tmp_path / "out" / "notes.md").write_text("mine")
-    save = lambda step, models: folders.write_checkpoint(tmp_path / "out", cfg, models, tokenizer, {"step": step, "args": {}})
-    names = lambda: sorted(path.name for path in (tmp_path / "out").iterdir())
-    save(1, {"policy": model})
-    assert names() == ["args.json", "checkpoint-1", "metrics.jsonl", "notes.md"] and folders.written(tmp_path / "out") == []
-
-    def fail(folder):
-        (folder / "half").write_text("x")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        save(2, {"policy": model, "critic": types.SimpleNamespace(save_pretrained=fail)})
-    assert names() == ["args.json", "checkpoint-1", "metrics.jsonl", "notes.md"]
-    save(10, {"policy": model, "critic": ppo.ValueHead(16, 1)})
-    assert names() == ["args.json", "checkpoint-10", "metrics.jsonl", "notes.md"]
-    assert folders.read_state(tmp_path / "out", cfg, set(dataclasses.asdict(cfg)))[0].name == "checkpoint-10"
-    folders.finish(tmp_path / "out", cfg, keep_state=True)
-    assert set(folders.written(tmp_path / "out")) <= {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
-    assert {"config.json", "model.safetensors", "critic/value_head.safetensors", "trainer_state/state.pt"} <= set(folders.written(tmp_path / "out"))
-    folders.clear(tmp_path / "out", cfg)  # --overwrite
-    assert [path.name for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()] == ["args.json", "metrics.jsonl", "notes.md"]
-
-
-def test_out_of_memory_is_told_by_its_text_or_its_class():
-    for error in (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
-        assert common.is_out_of_memory(error)
-    assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
-
-
-# === Which file may import which ==================================================================
 STAGES = ("sft", "reward_model", "ppo")
+CORE = (*STAGES, "rewards", "harness", "common")
+ALLOWED = {  # {file: what of ours it may import}; stage -> rewards -> harness -> common
+    "common": [], "harness": ["common"], "rewards": ["common", "harness"],
+    "reward_model": ["common", "harness", "rewards"], "ppo": ["common", "harness", "rewards"],
+    "sft": ["common", "harness", "rewards", "data.tiny_model"], "plot": ["common", "harness"],
+}
+OURS = {path.stem for path in ROOT.glob("*.py")} | {"bench", "data", "examples", "tests", "docs"}
+BY_LIBRARIES = ("update", "write", "flush", "__")  # what these call: a cache's, a stream's
+SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ALLOWED}
+
+
+def definitions(source, kinds=(ast.FunctionDef, ast.ClassDef)):
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
 
 
 def imports_of(source):
-    """All modules that a source imports, within functions too: {name bound: dotted module}."""
+    """Returns {name bound: dotted module} of all imports, those within functions too."""
     bound = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            bound |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            bound |= {alias.asname or alias.name: f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    for node in definitions(source, (ast.Import, ast.ImportFrom)):
+        folder = ""
+        if isinstance(node, ast.ImportFrom):
+            folder = f"{'.' * node.level}{node.module or ''}."
+        for alias in node.names:
+            bound[alias.asname or alias.name.split(".")[0]] = folder + alias.name
     return bound
 
 
-def wrong_imports(path, source):
-    """Imports against the one way: stage -> plumbing -> common -> libraries; data.tiny_model for sft alone."""
-    ours = {name: module for name, module in imports_of(source).items() if module.split(".")[0] in (*STAGES, "common", "plumbing", "data", "bench", "tests", "plot", "")}
-    stem = path.removesuffix(".py")
-    allowed = {
-        "common": (), "plumbing": ("common", "plumbing"), "sft": ("common", "plumbing", "data.tiny_model"), "plot": ("common", "plumbing"),
-    }.get("plumbing" if "/" in stem else stem, ("common", "plumbing"))
-    return [module for module in ours.values() if not any(module == root or module.startswith(f"{root}.") for root in allowed)]
+def wrong_imports(name, source):
+    """Returns the modules of ours that a file must not import."""
+    found = []
+    for module in imports_of(source).values():
+        is_allowed = any(f"{module}.".startswith(f"{root}.") for root in ALLOWED[name])
+        if (module.startswith(".") or module.split(".")[0] in OURS) and not is_allowed:
+            found.append(module)
+    return found
 
 
-def names_of_plumbing(source, wanted):
-    """{function: names bound by an import from plumbing that it uses}, of the functions and classes for which wanted(line, name)."""
-    bound = {name for name, module in imports_of(source).items() if module.split(".")[0] == "plumbing"}
-    used = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and wanted(node.lineno, node.name):
-            names = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)} & bound
-            used |= {node.name: names} if names else {}
+def names_in(node):
+    """Returns how often each name and each attribute is used within a node."""
+    used = collections.Counter()
+    for child in ast.walk(node):
+        if isinstance(child, (ast.Name, ast.Attribute)):
+            used[child.id if isinstance(child, ast.Name) else child.attr] += 1
     return used
 
 
-def in_sections_1_to_6(source):
-    lines, section, number = source.splitlines(), [], 0
-    for line in lines:
-        ruler = re.match(r"# === (\d+)\.", line)
-        number = int(ruler[1]) if ruler else 99 if line.startswith("# === ") else number
-        section.append(number)
-    return lambda lineno, name: 1 <= section[lineno - 1] <= 6
-
-
-def test_imports_go_one_way():
-    files = [*(f"{stage}.py" for stage in STAGES), "common.py", "plot.py", *(f"plumbing/{path.name}" for path in (ROOT / "plumbing").glob("*.py"))]
-    assert len(files) > 10
-    for name in files:
-        assert wrong_imports(name, (ROOT / name).read_text(encoding="utf-8")) == [], name
-    for name in STAGES:
-        bound = imports_of((ROOT / f"{name}.py").read_text(encoding="utf-8")).values()
-        assert "common" in bound and any(module.startswith("plumbing.") for module in bound)
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_go_one_way_and_none_is_unused(name):
+    assert wrong_imports(name, SOURCES[name]) == []
+    used = names_in(ast.parse(SOURCES[name]))
+    assert [bound for bound in imports_of(SOURCES[name]) if not used[bound]] == []
 
 
 @pytest.mark.parametrize("name, line, found", [
-    ("ppo.py", "import sft", "sft"), ("ppo.py", "def f():\n    from reward_model import main", "reward_model.main"), ("common.py", "from plumbing import cli", "plumbing.cli"),
-    ("common.py", "import ppo as x", "ppo"), ("plumbing/runs.py", "import ppo", "ppo"), ("plumbing/rows.py", "from data import tiny_model", "data.tiny_model"),
-    ("reward_model.py", "from data import tiny_model", "data.tiny_model"), ("plumbing/rows.py", "from . import cli", "..cli"),
+    ("ppo", "import sft", "sft"), ("common", "import harness as x", "harness"),
+    ("sft", "def f():\n    from reward_model import main", "reward_model.main"),
+    ("harness", "import rewards", "rewards"), ("rewards", "from ppo import gae", "ppo.gae"),
+    ("ppo", "from data import tiny_model", "data.tiny_model"), ("common", "from . import x", "..x"),
 ])
 def test_an_import_the_other_way_is_found(name, line, found):
-    source = (ROOT / name).read_text(encoding="utf-8") + f"\n{line}\n"
-    assert wrong_imports(name, source) == [found]
+    assert wrong_imports(name, f"{SOURCES[name]}\n{line}\n") == [found]
 
 
-def test_no_equation_names_anything_of_plumbing():
-    source = (ROOT / "ppo.py").read_text(encoding="utf-8")
-    wanted = in_sections_1_to_6(source)
-    inside = [node.name for node in ast.parse(source).body if hasattr(node, "name") and wanted(node.lineno, node.name)]
-    assert {"sample_responses", "score_responses", "gae", "policy_loss", "Batch", "total_loss"} <= set(inside) and not {"main", "Config", "load_models"} & set(inside)
-    assert names_of_plumbing(source, wanted) == {}
-    for stage, function in (("sft", "completion_nll"), ("reward_model", "preference_loss")):
-        source = (ROOT / f"{stage}.py").read_text(encoding="utf-8")
-        assert f"def {function}(" in source and names_of_plumbing(source, lambda line, name: name == function) == {}
+def test_every_function_class_and_method_is_used_by_the_six_files_themselves():
+    used, unused = collections.Counter(), []
+    for name in CORE:
+        used += names_in(ast.parse(SOURCES[name]))
+        top = [node.name for node in ast.parse(SOURCES[name]).body if hasattr(node, "name")]
+        assert len(top) == len({*top}), f"{name} defines something twice"
+    for name in CORE:
+        for node in definitions(SOURCES[name]):
+            by_others = used[node.name] - names_in(node)[node.name]
+            if by_others == 0 and not node.name.startswith(BY_LIBRARIES):
+                unused.append(f"{name}.{node.name}")
+    assert unused == []
 
 
-def test_a_name_of_plumbing_in_an_equation_is_found():
-    source = (ROOT / "ppo.py").read_text(encoding="utf-8")
-    doctored = source.replace("    ratio = torch.exp(new_logprobs - logprobs)", "    cli.enter('loss')\n    ratio = torch.exp(new_logprobs - logprobs)")
-    assert doctored != source and names_of_plumbing(doctored, in_sections_1_to_6(doctored)) == {"policy_loss": {"cli"}}
+@pytest.mark.parametrize("stage, functions", [
+    ("ppo", "token_logprobs forward_responses kl_shaped_rewards adapt_kl_coef gae bandit whiten "
+            "policy_loss value_loss minibatches mask_through_first_eos"),
+    ("sft", "completion_nll"), ("reward_model", "preference_loss pair_scores calibration"),
+])
+def test_an_equation_names_neither_flags_nor_a_run(stage, functions):
+    nodes = {node.name: node for node in definitions(SOURCES[stage])}
+    for name in functions.split():
+        assert not {"harness", "cfg", "run"} & names_in(nodes[name]).keys(), name
+
+
+def test_functions_main_and_the_loop_are_short_and_lines_fit_100_columns():
+    for name in CORE:
+        for node in definitions(SOURCES[name], ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= (130 if node.name == "main" else 45), f"{name}.{node.name}: {length}"
+            if node.name == "main" and name in STAGES:
+                [loop] = [each for each in node.body if isinstance(each, ast.For)]
+                assert loop.end_lineno - loop.lineno + 1 <= 100, name
+    folders = [ROOT / name for name in OURS if (ROOT / name).is_dir()]
+    for path in [*ROOT.glob("*.py"), *(path for each in folders for path in each.rglob("*.py"))]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 100, f"{path} line {number}"
+
+
+def test_there_are_at_most_12_flags_for_all_stages_and_36_more_for_ppo():
+    shared = {field.name for field in dataclasses.fields(harness.RunConfig)}
+    own = {field.name for field in dataclasses.fields(ppo.Config)} - shared
+    assert len(shared) <= 12 and len(own) <= 36

@@ -1,6 +1,6 @@
 """Stage 1: what is imitated, how it is averaged, what is written."""
 
-import math
+import types
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from conftest import DEMONSTRATIONS, read_rows, tiny_lm, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import harness
 import sft
 from data import tiny_model
-from plumbing import cli
 
 EXAMPLES = [([5, 6, 7], [8, 1]), ([5], [9, 10, 11, 1]), ([], [4, 1])]
 
@@ -23,74 +23,79 @@ def test_completion_mask_covers_completion_and_eos_but_no_prompt_and_no_padding(
     assert completion_mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, 1, 0, 0, 0]]
 
 
-def test_loss_is_the_sum_of_each_completion_tokens_surprise_computed_one_by_one():
-    model = tiny_lm()
-    expected = 0.0
+def test_loss_is_the_sum_of_each_completion_tokens_surprise_whatever_the_padding_holds():
+    model, expected, results = tiny_lm(), 0.0, []
     for prompt, completion in EXAMPLES:
         ids = prompt + completion
         for i in range(max(len(prompt), 1), len(ids)):
             logits = model(torch.tensor([ids[:i]])).logits[0, -1].double()
             expected -= logits.log_softmax(-1)[ids[i]].item()
-    nll = sft.completion_nll(model, *sft.collate(EXAMPLES, pad_id=0)).item()
-    assert abs(nll - expected) < 1e-4
+    for junk in (0, 7):
+        loss = sft.completion_nll(model, *sft.collate(EXAMPLES, pad_id=junk))
+        assert abs(loss.item() - expected) < 1e-4
+        results.append([loss, *torch.autograd.grad(loss, model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     num_tokens = 2 + 4 + 1
     assert abs(sft.evaluate(model, EXAMPLES, 2, 0) - expected / num_tokens) < 1e-5
 
 
-def test_junk_in_the_padding_leaves_loss_and_gradients_bit_identical():
-    results = []
-    for junk in (0, 7):
-        model = tiny_lm()
-        tokens, attention_mask, completion_mask = sft.collate(EXAMPLES, pad_id=junk)
-        loss = sft.completion_nll(model, tokens, attention_mask, completion_mask)
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def test_micro_batch_size_changes_no_gradient_and_none_reaches_the_next_step(
+    world, tmp_path, run_stage, monkeypatch
+):
+    """With learning rate 0 and one batch, each epoch's gradient is the same one again."""
+    gradients = {24: [], 7: [], 1: []}
+    for size, seen in gradients.items():
 
+        def record(weights, max_norm):
+            seen.append([weight.grad.clone() for weight in weights])
+            return torch.tensor(1.0)
 
-class GradientSeen(Exception):
-    pass
-
-
-def test_micro_batch_size_changes_no_gradient_of_the_real_loop(world, tmp_path, run_stage, monkeypatch):
-    gradients = []
-
-    def record(parameters, _):
-        gradients.append([p.grad.clone() for p in parameters])
-        raise GradientSeen
-
-    monkeypatch.setattr(sft, "clip_grad_norm_", record)
-    for size in (8, 3, 1):
-        with pytest.raises(GradientSeen):
-            run_stage(sft, "--model", world / "sft", "--data", world / "sft.jsonl", "--output", tmp_path / "out",
-                      "--batch-size", 8, "--microbatch-size", size, "--device", "cpu", "--overwrite")
-    assert max(g.abs().max() for g in gradients[0]) > 1e-3
-    for other in gradients[1:]:
-        assert all((a - b).abs().max() < 1e-6 for a, b in zip(gradients[0], other, strict=True))
+        monkeypatch.setattr(sft, "clip_grad_norm_", record)
+        status, *_ = run_stage(
+            sft, "--model", world / "sft", "--data", world / "sft.jsonl", "--eval-data",
+            world / "sft.jsonl", "--output", tmp_path / str(size), "--lr", 0, "--epochs", 2,
+            "--batch-size", 24, "--microbatch-size", size, "--device", "cpu",
+        )
+        assert status == 0 and len(seen) == 2
+    first = gradients[24][0]
+    assert max(gradient.abs().max() for gradient in first) > 1e-3
+    for other in (gradients[24][1], *gradients[7], *gradients[1]):
+        assert all((a - b).abs().max() < 1e-6 for a, b in zip(first, other, strict=True))
 
 
 def test_from_scratch_it_learns_and_writes_a_folder_that_loads_and_generates(tmp_path, run_stage):
-    data = write_rows(tmp_path / "data.jsonl", DEMONSTRATIONS * 8)
-    status, out, _ = run_stage(sft, "--data", data, "--output", tmp_path / "out", "--epochs", 6, "--device", "cpu")
+    data, output = write_rows(tmp_path / "data.jsonl", DEMONSTRATIONS * 8), tmp_path / "out"
+    run = ["--data", data, "--output", output, "--epochs", 6, "--device", "cpu"]
+    status, out, _ = run_stage(sft, *run)
     assert status == 0 and "next: python reward_model.py" in out
-    rows = read_rows(tmp_path / "out" / "metrics.jsonl")
-    assert rows[-1]["split"] == "eval" and rows[-1]["loss"] < 1.0 < rows[-1]["loss_before"]
-    assert [row["iteration"] for row in rows[:-1]] == list(range(1, len(rows)))
-    assert rows[-2]["lr"] < 0.1 * max(row["lr"] for row in rows[:-1]) and rows[0]["lr"] == 0  # warm-up, decay
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id and model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    *rows, last = read_rows(output / "metrics.jsonl")
+    assert last["split"] == "eval" and last["loss"] < 1.0 < last["loss_before"]
+    assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
+    rates = [row["lr"] for row in rows]
+    assert rates[0] == 0 and rates[-1] < 0.1 * max(rates)  # warm-up, decay
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     ids = tokenizer(DEMONSTRATIONS[0]["prompt"], return_tensors="pt")["input_ids"]
     text = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=20)[0])
     assert text.endswith("<|end|>") and " fox " in text  # it has learned to end
 
 
-def test_rows_that_are_too_long_are_dropped_and_counted_never_cut(world, tmp_path, run_stage):
-    rows = DEMONSTRATIONS + [{"prompt": "A fox.", "completion": " It runs." * 40}, {"prompt": "A fox. " * 80, "completion": " It."}]
-    data = write_rows(tmp_path / "data.jsonl", rows)
-    arguments = ["--model", world / "sft", "--data", data, "--eval-data", world / "sft.jsonl", "--epochs", 1, "--output", tmp_path / "out"]
-    status, out, _ = run_stage(sft, *arguments, "--max-prompt-length", 40, "--response-length", 40)
-    assert status == 0 and f"{data}: {len(rows)} rows read, {len(DEMONSTRATIONS)} examples used; 1 dropped (response above --response-length 40); 1 dropped (prompt above" in out and f"{len(DEMONSTRATIONS)} demonstrations" in out
+def test_rows_that_are_too_long_or_empty_are_dropped_and_counted_never_cut(tmp_path, capsys):
+    tokenizer = tiny_model.train_tokenizer([row["completion"] for row in DEMONSTRATIONS], 320)
+    cfg = sft.Config(max_prompt_length=40, response_length=40)
+    long = [{"prompt": "A.", "completion": " It" * 40}, {"prompt": "A. " * 80, "completion": " It."}]
+    # an EOS alone is predicted by nothing, and after a prompt it is
+    short = [{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]
+    path = write_rows(tmp_path / "data.jsonl", DEMONSTRATIONS + long + short)
+    rows = harness.read_rows([path], sft.FORMATS)
+    examples = harness.convert(rows, lambda row: sft.encode_row(row, tokenizer, [1], cfg))
+    assert [len(x + y) for x, y in examples[-2:]] == [2, 2]
+    assert (
+        f"{path}: 29 rows read, 26 examples used; 1 dropped (response above --response-length 40); "
+        "1 dropped (prompt above --max-prompt-length 40); 1 dropped (empty)"
+    ) in capsys.readouterr().out
 
 
 def test_plain_text_rows_are_completions_of_nothing():
@@ -99,38 +104,21 @@ def test_plain_text_rows_are_completions_of_nothing():
     assert sft.row_dialogues({"text": "abc", "completion": "b"}) == [("", "abc")]
 
 
-def test_a_lone_eos_is_dropped_since_nothing_predicts_it():
-    tokenizer, cfg = tiny_model.train_tokenizer(["a"], 300), sft.Config()
-    rows = [{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]
-    examples = [list(sft.encode_row(row, tokenizer, [1], cfg)) for row in rows]
-    assert examples[0] == ["empty"] and [len(x + y) for (x, y), in examples[1:]] == [2, 2]
-
-
-def test_gradients_of_one_step_do_not_reach_the_next(world, tmp_path, run_stage):
-    """With learning rate 0 and one batch, each epoch's gradient is the same one again."""
-    run_stage(sft, "--model", world / "sft", "--data", world / "sft.jsonl", "--eval-data", world / "sft.jsonl", "--output",
-              tmp_path / "out", "--batch-size", 24, "--lr", 0, "--epochs", 3, "--device", "cpu")
-    norms = [row["grad_norm"] for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
-    assert len(norms) == 3 and norms == pytest.approx([norms[0]] * 3, rel=1e-4)
-
-
-def test_batches_hold_rows_of_like_length_each_row_once_in_new_orders():
-    lengths = torch.randint(1, 200, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+def test_batches_hold_rows_of_similar_length_each_row_once_in_new_orders():
     generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 200, (1000,), generator=generator).tolist()
     batches = common.epochs_by_length(lengths, 16, generator)
-    first, second = ([next(batches) for _ in range(63)] for _ in range(2))
+    first, second = [[next(batches) for _ in range(63)] for _ in range(2)]
     assert sorted(sum(first, [])) == list(range(1000)) and first != second
-    spread = lambda batch: max(lengths[i] for i in batch) - min(lengths[i] for i in batch)
-    assert sum(map(spread, first)) / len(first) < 20  # 175 or so at random
-    starts = [lengths[batch[0]] for batch in first]
+    spreads = [max(lengths[i] for i in rows) - min(lengths[i] for i in rows) for rows in first]
+    assert sum(spreads) / len(first) < 20  # 175 or so at random
+    starts = [lengths[rows[0]] for rows in first]
     assert starts != sorted(starts)  # not short ones first
 
 
 def test_the_learning_rate_follows_the_models_size_unless_given():
-    model = tiny_lm()
-    assert cli.by_size(None, sft.LR_BY_SIZE, model) == 3e-3
-    assert cli.by_size(1e-7, sft.LR_BY_SIZE, model) == 1e-7
-    huge = torch.nn.Linear(1, 1)
-    huge.parameters = lambda: [torch.empty(1_500_000_000, device="meta")]
-    assert cli.by_size(None, sft.LR_BY_SIZE, huge) == 3e-6
-    assert math.isinf(sft.LR_BY_SIZE[-1][0])
+    weights = [torch.empty(1_500_000_000, device="meta", requires_grad=True)]
+    huge, model = types.SimpleNamespace(parameters=lambda: weights), tiny_lm()
+    assert harness.lr_by_size(None, sft.LR_BY_SIZE, model) == 3e-3
+    assert harness.lr_by_size(1e-7, sft.LR_BY_SIZE, model) == 1e-7
+    assert harness.lr_by_size(None, sft.LR_BY_SIZE, huge) == 3e-6 == sft.LR_BY_SIZE[-1][1]

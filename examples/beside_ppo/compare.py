@@ -1,4 +1,4 @@
-"""PPO beside DPO, IPO, KTO, RLOO, a KL in the loss and best of n: true reward against KL.
+"""PPO beside DPO, IPO, KTO, RLOO, GRPO, a KL in the loss and best of n: true reward against KL.
 
     python examples/beside_ppo/compare.py                  the embedded world; hours of CPU time
     python examples/beside_ppo/compare.py --seeds 2 --jobs 1 --work /tmp/beside
@@ -6,16 +6,14 @@
 
 Each seed has its own SFT policy and reward model; all methods start from them, on the same pairs,
 prompts and judge. Every method runs over its coefficients with the first two seeds; the one with
-the best true reward on prompts that are for this choice alone is run with all seeds, and what is
-reported is of other prompts, 4 samples each. Runs that are finished in --work are not run again, so
-the same command goes on after a stop; after a change of code it needs a new --work. The curves
-along training are those of the first two seeds; CPU seconds are of the others if there are some,
-without the evaluations in between. (The first two seeds chose the coefficient, on other prompts,
-and are among those reported.)
+the best true reward on prompts used for this choice alone is run with all seeds, and results are
+reported on other prompts, 4 samples each. Runs that are finished in --work are not run again, so
+the same command continues after a stop; after a change of code it needs a new --work. CPU seconds
+are those of the seeds after the second if there are some, which do not evaluate while training.
 
-With --stories a real pretrained model learns to go on with two sentences; the pairs are two of its
-own, and the judge counts words (cheerful.py) and errs. Writes --output (JSON), the picture beside
-it (needs matplotlib) and prints the table.
+With --stories a real pretrained model learns to continue with two sentences; the pairs are two of
+its own samples, and the judge counts words (cheerful.py) and errs. Writes --output (JSON), the
+picture beside it (needs matplotlib) and prints the table.
 """
 
 import argparse
@@ -34,7 +32,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import types
 from dataclasses import dataclass
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -42,7 +39,8 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 SFT, REWARD_MODEL, PPO = "sft.py", "reward_model.py", "ppo.py"
 DPO, TRL = "examples/beside_ppo/dpo.py", "examples/beside_ppo/trl_ppo.py"
-NUM_SAMPLES = 4  # to each prompt, of what is measured; best of n has more
+RESULTS = ROOT / "docs" / "results"
+NUM_SAMPLES = 4  # per prompt, where policies are measured; best of n has more
 
 
 # === What is compared =============================================================================
@@ -61,20 +59,18 @@ METHODS = {
     "PPO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3, 1.0)),
     "PPO, KL target": Method(PPO, "--kl-target", (1.0, 2.0, 4.0, 8.0)),
     "RLOO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo.patch"),
+    "GRPO": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="grpo.patch"),
     "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss.patch"),
     "DPO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "dpo")),
     "IPO": Method(DPO, "--beta", (0.01, 0.03, 0.1, 0.3), ("--loss", "ipo")),
     "KTO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "kto")),
 }
-KNOBS = {  # of PPO, one at a time: with --methods; the defaults are those of PPO with 0.15
+KNOBS = {  # of PPO, one at a time, with --methods
     "lam": Method(PPO, "--lam", (0.9, 1.0)),
     "epochs": Method(PPO, "--ppo-epochs", (2, 8)),
     "minibatch": Method(PPO, "--minibatch-size", (16, 64, 128)),
     "lr": Method(PPO, "--lr", (1e-4, 5e-4, 1e-3)),
     "critic lr": Method(PPO, "--critic-lr", (1e-4, 1e-3, 3e-3)),
-    "clip": Method(PPO, "--clip-eps", (0.1, 0.4)),
-    "value clip": Method(PPO, "--value-clip-eps", (0.1, 100.0)),
-    "iterations": Method(PPO, "--iterations", (60,)),
 }
 PEER = {"TRL's PPO": Method(TRL, "--kl-coef", (0.15,))}  # needs trl; the embedded world only
 ALL = METHODS | KNOBS | PEER
@@ -95,7 +91,7 @@ class World:
 
 
 def embedded_world(work):
-    """The world of data/, and prompts for the choice of coefficients that none of its files has."""
+    """Returns the world of data/, and writes prompts for the choice that none of its files has."""
     sys.path.insert(0, str(ROOT / "data"))
     import make_world
 
@@ -111,26 +107,28 @@ def embedded_world(work):
 
 
 def story_world(work, model, stories):
-    """Prompts and demonstrations of two sentences from a file of stories, and a judge of words."""
-    rows = [json.loads(line) for line in pathlib.Path(stories).read_text("utf-8").splitlines()]
-    two = lambda text: re.match(r"\s*(?:[^.!?]*[.!?]+[\"']?){1,2}", text)
-    rows = [
-        {"prompt": row["prompt"].strip(), "completion": " " + two(row["completion"])[0].strip()}
-        for row in rows if two(row["completion"])
-    ]
-    rows = list({row["prompt"]: row for row in rows}.values())
+    """Returns a world of two sentences per story, from a JSONL file of prompt and completion."""
+    rows = {}
+    for line in pathlib.Path(stories).read_text("utf-8").splitlines():
+        row = json.loads(line)
+        two = re.match(r"\s*(?:[^.!?]*[.!?]+[\"']?){1,2}", row["completion"])
+        if two:
+            prompt = row["prompt"].strip()
+            rows[prompt] = {"prompt": prompt, "completion": " " + two[0].strip()}
+    rows = list(rows.values())
     random.Random(0).shuffle(rows)
-    held_out, choice, rest = rows[:256], rows[256:512], rows[512:]
-    for name, some in (("heldout", held_out), ("choice", choice), ("pair", rest)):
-        write_rows(work / f"{name}_prompts.jsonl", [{"prompt": row["prompt"]} for row in some])
-    write_rows(work / "demonstrations.jsonl", rest)
-    data = lambda name: str(work / f"{name}.jsonl")
-    sft = ("--model", model, "--data", data("demonstrations"), "--epochs", "3", "--lr", "1e-3")
+    parts = {"heldout": rows[:256], "choice": rows[256:512], "pair": rows[512:]}
+    files = {name: work / f"{name}_prompts.jsonl" for name in parts}
+    for name, some in parts.items():
+        write_rows(files[name], [{"prompt": row["prompt"]} for row in some])
+    demonstrations = work / "demonstrations.jsonl"
+    write_rows(demonstrations, parts["pair"])
+    sft = ("--model", model, "--data", str(demonstrations), "--epochs", "3", "--lr", "1e-3")
     judge = f"{HERE / 'cheerful.py'}:cheerful"
     # The rates that the scripts have for so small a model suit one from scratch: with ppo.py's the
     # first approx_kl is 0.10 here, above what is healthy; with dpo.py's, beta 1 moves 26 nats.
     ppo = ("--judge", judge, "--lr", "1e-4", "--iterations", "20")
-    ppo += ("--prompts", data("pair_prompts"), "--eval-prompts", data("heldout_prompts"))
+    ppo += ("--prompts", str(files["pair"]), "--eval-prompts", str(files["heldout"]))
     dpo = ("--lr", "1e-4", "--eval-every", "100")
     return World(work, judge, 96, sft, ppo, dpo, makes_pairs=True, best_of=64)
 
@@ -141,7 +139,7 @@ def write_rows(path, rows):
 
 # === One run, in a worker process =================================================================
 def run_job(job):
-    """Train, then measure; what is in the folder already is not done again. Returns the record."""
+    """Trains, then measures, unless that is done already. Returns the record."""
     record = job["folder"] / "compare.json"
     if record.exists():
         done = json.loads(record.read_text())
@@ -162,122 +160,110 @@ def run_job(job):
 
 
 def train(job):
-    """Run the command to its end: CPU seconds and peak memory of its process."""
+    """Runs the command to its end. Returns CPU seconds and peak memory of its process."""
     job["folder"].parent.mkdir(parents=True, exist_ok=True)
     again = ["--overwrite", "--output", str(job["folder"]), "--seed", str(job["seed"])]
     with open(f"{job['folder']}.log", "w") as log:
-        run = subprocess.Popen(
-            [sys.executable, *job["command"], *again], cwd=job["root"], stdout=log, stderr=log
-        )
-        _, status, usage = os.wait4(run.pid, 0)
-        run.returncode = status
-    if status:
+        command = [sys.executable, *job["command"], *again]
+        run = subprocess.Popen(command, cwd=job["root"], stdout=log, stderr=log)
+        _, run.returncode, usage = os.wait4(run.pid, 0)
+    if run.returncode:
         raise RuntimeError(f"{job['name']} failed, see {job['folder']}.log")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_memory_gb": peak}
 
 
 def load(job, policy):
-    """What `ppo.evaluate` takes: a run, policy, SFT policy, tokenizer, scorers and judge."""
+    """Returns the tokenizer, policy, SFT policy, scorers and judge of a job."""
     import torch
+    import transformers
 
     import common
-    import ppo
-    from plumbing import cli
-    from plumbing.scorers import FunctionScorer, load_scorer
+    import harness
+    from rewards import FunctionScorer, load_scorer
 
     torch.set_num_threads(1)
-    cli.warnings.simplefilter("ignore")
-    cli.transformers.logging.set_verbosity_error()
-    cli.transformers.logging.disable_progress_bar()
-    device = cli.pick_device("auto")
-    cfg = ppo.Config(response_length=job["world"].response_length, seed=job["seed"])
-    run = types.SimpleNamespace(cfg=cfg, phase=lambda name: None, device=device)
-    tokenizer = common.load_tokenizer(str(job["seed_folder"] / "sft"))
-    models = []
-    for folder in (policy, job["seed_folder"] / "sft"):
-        model = common.load_causal_lm(str(folder), tokenizer).requires_grad_(False)
-        common.set_generation_defaults(model, tokenizer)
-        common.place(model, device, "auto")
-        models.append(model)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device, sft = harness.pick_device("auto"), job["seed_folder"] / "sft"
+    tokenizer = common.load_tokenizer(str(sft))
+    policy = common.load_causal_lm(str(policy), tokenizer)
+    ref_policy, scorers = common.load_causal_lm(str(sft), tokenizer), []
     reward_model = job["seed_folder"] / "reward_model"
-    scorers, options = [], {"trust_remote_code": False}
     if reward_model.exists():
-        scorers = [load_scorer(str(reward_model), models[0], tokenizer, 64, **options)]
-        common.place(scorers[0].model, device, "auto")
-    return run, *models, tokenizer, scorers, FunctionScorer(job["world"].judge)
+        options = {"trust_remote_code": False}
+        scorers.append(load_scorer(str(reward_model), policy, tokenizer, 64, **options))
+    for model in [policy, ref_policy, *(scorer.model for scorer in scorers)]:
+        common.to_device(model.requires_grad_(False), device, "auto")
+    return tokenizer, policy, ref_policy, scorers, FunctionScorer(job["world"].judge)
 
 
 def prompt_rows(job, name, tokenizer):
     import common
-    from plumbing.rows import read_rows
+    import harness
 
-    rows = read_rows([str(job["world"].data / f"{name}_prompts.jsonl")], [("prompt",)])
+    rows = harness.read_rows([str(job["world"].data / f"{name}_prompts.jsonl")], [("prompt",)])
     for row in rows:
         row.prompt_ids, _ = common.encode(tokenizer, row["prompt"])
     return rows
 
 
 def measure(job):
-    """Means over prompts x samples, for the report and for the choice; and the run's own log."""
+    """Returns means over prompts x samples, for the report and for the choice, and the run's log."""
     import ppo
 
-    run, policy, ref_policy, tokenizer, scorers, judge = load(job, job.get("policy", job["folder"]))
+    policy = job.get("policy", job["folder"])
+    tokenizer, policy, ref_policy, scorers, judge = load(job, policy)
+    cfg = ppo.Config(response_length=job["world"].response_length, seed=job["seed"])
     result = {}
     for name in ("heldout", "choice"):
         rows = [row for row in prompt_rows(job, name, tokenizer) for _ in range(NUM_SAMPLES)]
-        samples = ppo.evaluate(run, policy, ref_policy, tokenizer, scorers, judge, rows)
-        keys = ("true_reward", "score", "kl")
-        result[name] = {key: statistics.fmean(each[key] for each in samples) for key in keys}
-        words = [len(each["response"].split()) for each in samples]
-        result[name]["words"] = statistics.fmean(words)
-        result[name]["different"] = len({each["response"] for each in samples}) / len(samples)
+        samples = ppo.evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows)
+        responses = [each["response"] for each in samples]
+        result[name] = {}
+        for key in ("true_reward", "score", "kl"):
+            result[name][key] = statistics.fmean(each[key] for each in samples)
+        result[name]["words"] = statistics.fmean(len(response.split()) for response in responses)
+        result[name]["different"] = len(set(responses)) / len(responses)
     log = job["folder"] / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    result["curve"] = [
-        {key: row[key] for key in ("iteration", "kl", "true_reward", "score")}
-        for row in lines if row.get("split") == "eval"
-    ]
+    evals = [row for row in lines if row.get("split") == "eval"]
+    keys = ("iteration", "kl", "true_reward", "score")
+    result["curve"] = [{key: row[key] for key in keys} for row in evals]
     result["pairs"] = [row for row in lines if row.get("split") == "pairs"]
     return result
 
 
-def measure_best_of_n(job):
-    """{n: score and true reward} of the best of n SFT samples, on the held-out prompts."""
-    import torch
-
+def sample_sft(job, n, name, scorers_are_judge=False):
+    """Returns (rows, texts, scores, true rewards) of n samples of the SFT policy per prompt."""
     import best_of_n
 
-    _, policy, _, tokenizer, scorers, judge = load(job, job["seed_folder"] / "sft")
-    torch.manual_seed(job["seed"])
-    world = job["world"]
-    cfg = best_of_n.Config(n=world.best_of, response_length=world.response_length, batch_size=512)
-    rows = prompt_rows(job, "heldout", tokenizer)
-    _, scores, truths = best_of_n.sample_all(cfg, policy, tokenizer, scorers, judge, rows)
-    mean = lambda values, n: best_of_n.best_of(scores, values, n).mean().item()
-    numbers = [2**i for i in range(world.best_of.bit_length())]
-    return {
-        "best_of": [
-            {"n": n, "kl": best_of_n.kl_bound(n), "score": mean(scores, n),
-             "true_reward": mean(truths, n)}
-            for n in numbers
-        ]
-    }
+    tokenizer, policy, _, scorers, judge = load(job, job["seed_folder"] / "sft")
+    scorers, length = [judge] if scorers_are_judge else scorers, job["world"].response_length
+    cfg = best_of_n.Config(n=n, response_length=length, batch_size=512, seed=job["seed"])
+    rows = prompt_rows(job, name, tokenizer)
+    return rows, *best_of_n.sample_all(cfg, policy, tokenizer, scorers, judge, rows)
+
+
+def measure_best_of_n(job):
+    """Returns score and true reward of the best of n SFT samples, on the held-out prompts."""
+    import best_of_n
+
+    largest = job["world"].best_of
+    _, _, scores, truths = sample_sft(job, largest, "heldout")
+    rows = []
+    for n in [2**i for i in range(largest.bit_length())]:
+        score = best_of_n.best_of(scores, scores, n).mean().item()
+        true_reward = best_of_n.best_of(scores, truths, n).mean().item()
+        row = {"n": n, "kl": best_of_n.kl_bound(n), "score": score, "true_reward": true_reward}
+        rows.append(row)
+    return {"best_of": rows}
 
 
 def make_pairs(job):
-    """Pairs of the SFT policy's responses between which the judge sees a difference; it may err."""
-    import torch
-
-    import best_of_n
-
-    _, policy, _, tokenizer, _, judge = load(job, job["seed_folder"] / "sft")
-    torch.manual_seed(job["seed"])
-    rng = random.Random(job["seed"])
-    cfg = best_of_n.Config(n=8, response_length=job["world"].response_length, batch_size=512)
-    rows = prompt_rows(job, "pair", tokenizer)
-    texts, _, truths = best_of_n.sample_all(cfg, policy, tokenizer, [judge], judge, rows)
-    pairs = []
+    """Writes pairs of the SFT policy's samples that the judge rates differently; it may err."""
+    rows, texts, _, truths = sample_sft(job, 8, "pair", scorers_are_judge=True)
+    rng, pairs = random.Random(job["seed"]), []
     for row, some, true in zip(rows, texts, truths.tolist()):
         for first, second in ((0, 1), (2, 3), (4, 5), (6, 7)):
             if true[first] == true[second]:
@@ -285,105 +271,112 @@ def make_pairs(job):
             # 1.5: it errs in 18 % of the pairs that are one word apart
             wins = rng.random() < 1 / (1 + math.exp(1.5 * (true[second] - true[first])))
             chosen, rejected = (first, second) if wins else (second, first)
-            pairs.append(
-                {"prompt": row["prompt"], "chosen": some[chosen], "rejected": some[rejected]}
-            )
+            pair = {"prompt": row["prompt"], "chosen": some[chosen], "rejected": some[rejected]}
+            pairs.append(pair)
     write_rows(job["seed_folder"] / "pairs.jsonl", pairs)
 
 
 # === All runs =====================================================================================
 def forked(work, patch):
-    """A copy of the project with a patch of examples/forks applied."""
+    """Returns a copy of the project with a patch of examples/forks applied."""
     project = work / patch.removesuffix(".patch")
     shutil.rmtree(project, ignore_errors=True)
-    project.mkdir(parents=True)
-    for name in ("sft.py", "reward_model.py", "ppo.py", "common.py"):
-        shutil.copy(ROOT / name, project)
-    for name in ("plumbing", "data"):
-        shutil.copytree(ROOT / name, project / name)
+    shutil.copytree(ROOT / "data", project / "data")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, project)
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)  # else git looks further up
     subprocess.run(["git", "apply", ROOT / "examples" / "forks" / patch], cwd=project, check=True)
     return project
 
 
-def jobs_of(world, work, seed, method=None, coefficient=None, look=True):
-    """The job of a method; without one, those that come before all methods, in their order."""
+def first_jobs(world, work, seed):
+    """Returns the jobs that come before all methods, in their order."""
     folder = work / f"seed{seed}"
-    sft, reward_model = folder / "sft", folder / "reward_model"
-    base = {"world": world, "seed": seed, "seed_folder": folder, "root": ROOT}
-    pairs = ("--data", str(folder / "pairs.jsonl")) if world.makes_pairs else ()
-    if method is None:
-        first = [SFT, *world.sft], [REWARD_MODEL, "--model", str(sft), *pairs]
-        jobs = [{"kind": "stage", "folder": sft, "command": first[0]}]
-        if world.makes_pairs:
-            jobs += [{"kind": "pairs", "folder": folder / "pairs", "command": None}]
-        jobs += [
-            {"kind": "stage", "folder": reward_model, "command": first[1]},
-            {"kind": "best of n", "folder": folder / "best_of_n", "command": None},
-            {"kind": "policy", "folder": folder / "sft_measured", "command": None, "policy": sft},
-        ]
-        return [base | job | {"name": f"seed {seed}: {job['folder'].name}"} for job in jobs]
-    of = ALL[method]
-    command = [of.script, "--policy", str(sft), of.flag, str(coefficient), *of.more]
-    if of.script == DPO:
-        command += [*pairs, "--response-length", str(world.response_length), "--judge", world.judge]
+    sft, pairs = folder / "sft", ()
+    if world.makes_pairs:
+        pairs = ("--data", str(folder / "pairs.jsonl"))
+    steps = [("sft", "stage", [SFT, *world.sft])]
+    if world.makes_pairs:
+        steps.append(("pairs", "pairs", None))
+    steps.append(("reward_model", "stage", [REWARD_MODEL, "--model", str(sft), *pairs]))
+    steps += [("best_of_n", "best of n", None), ("sft_measured", "policy", None)]
+    jobs = []
+    for name, kind, command in steps:
+        job = {"world": world, "seed": seed, "seed_folder": folder, "root": ROOT, "policy": sft}
+        job |= {"kind": kind, "folder": folder / name, "command": command}
+        jobs.append(job | {"name": f"seed {seed}: {name}"})
+    return jobs
+
+
+def job_of(world, work, seed, method, coefficient, evaluates=True):
+    """Returns the job of a method with one of its coefficients."""
+    folder, this = work / f"seed{seed}", ALL[method]
+    command = [this.script, "--policy", str(folder / "sft"), this.flag, str(coefficient)]
+    command += this.more
+    if this.script == DPO:
+        command += ["--data", str(folder / "pairs.jsonl")] if world.makes_pairs else []
+        command += ["--response-length", str(world.response_length), "--judge", world.judge]
         command += ["--eval-prompts", str(world.data / "heldout_prompts.jsonl"), *world.dpo]
     else:
-        command += ["--reward", str(reward_model)]
-    if of.script == PPO:
+        command += ["--reward", str(folder / "reward_model")]
+    if this.script == PPO:
         command += [*world.ppo, "--response-length", str(world.response_length)]
-    if of.script != TRL and not look:
+    if this.script != TRL and not evaluates:
         command += ["--eval-every", "1000000"]
     slug = re.sub(r"[^\w.]+", "_", f"{method}_{coefficient:g}")
-    job = {"kind": "policy", "folder": folder / slug, "command": command}
-    root = work / of.fork.removesuffix(".patch") if of.fork else ROOT
-    return base | job | {"root": root, "name": f"seed {seed}: {method} {coefficient:g}"}
+    return {
+        "world": world, "seed": seed, "seed_folder": folder, "kind": "policy",
+        "root": work / this.fork.removesuffix(".patch") if this.fork else ROOT,
+        "folder": folder / slug, "command": command,
+        "name": f"seed {seed}: {method} {coefficient:g}",
+    }
 
 
 def choose(results, name, seeds):
-    """The coefficient with the best mean true reward on the prompts that are for this choice."""
-    reward = lambda c, seed: results[name, c, seed]["choice"]["true_reward"]
-    mean = lambda c: statistics.fmean(reward(c, seed) for seed in seeds)
-    return max(ALL[name].coefficients, key=mean)
+    """Returns the coefficient with the best mean true reward on the prompts for this choice."""
+    means = {}
+    for c in ALL[name].coefficients:
+        rewards = [results[name, c, seed]["choice"]["true_reward"] for seed in seeds]
+        means[c] = statistics.fmean(rewards)
+    return max(means, key=means.get)
 
 
 def compare(world, work, num_seeds, num_jobs, methods):
-    """All runs: {"methods": {name: {...}}, "best_of_n": ..., "sft": ...}."""
-    for method in ALL.values():
-        if method.fork and not (work / method.fork.removesuffix(".patch")).exists():
-            forked(work, method.fork)
+    """Does all runs. Returns {"methods": {name: {...}}, "best_of_n": ..., "sft": ...}."""
+    for name in methods:
+        if ALL[name].fork and not (work / ALL[name].fork.removesuffix(".patch")).exists():
+            forked(work, ALL[name].fork)
     seeds, first = range(num_seeds), range(min(2, num_seeds))
     context = multiprocessing.get_context("spawn")
+    results, stages, best = {}, [], {}
     with concurrent.futures.ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
-        before = list(zip(*(jobs_of(world, work, seed) for seed in seeds)))
-        done = [list(pool.map(run_job, jobs)) for jobs in before]
+
+        def run_all(keys, evaluates):
+            jobs = [job_of(world, work, seed, name, c, evaluates) for name, c, seed in keys]
+            results.update(zip(keys, pool.map(run_job, jobs)))
+
+        for jobs in zip(*(first_jobs(world, work, seed) for seed in seeds)):  # step by step
+            stages.append(list(pool.map(run_job, jobs)))
         tried = [(name, c) for name in methods for c in ALL[name].coefficients]
-        swept = [(name, c, seed) for name, c in tried for seed in first]
-        results = dict(zip(swept, pool.map(run_job, [
-            jobs_of(world, work, seed, name, c) for name, c, seed in swept
-        ])))
+        run_all([(name, c, seed) for name, c in tried for seed in first], True)
         best = {name: choose(results, name, first) for name in methods}
-        rest = [(name, best[name], seed) for name in methods for seed in seeds if seed not in first]
-        results |= dict(zip(rest, pool.map(run_job, [
-            jobs_of(world, work, seed, name, c, look=False) for name, c, seed in rest
-        ])))
-    for result in results.values():
-        result.pop("ran", None)
-    runs = lambda name, c: {
-        str(seed): results[name, c, seed] for seed in seeds if (name, c, seed) in results
-    }
+        others = [seed for seed in seeds if seed not in first]
+        run_all([(name, best[name], seed) for name in methods for seed in others], False)
+    compared = {}
+    for name in methods:
+        runs = {str(c): {} for c in ALL[name].coefficients}
+        for (method, c, seed), result in results.items():
+            if method == name:
+                result.pop("ran", None)
+                runs[str(c)][str(seed)] = result
+        compared[name] = {"flag": ALL[name].flag, "chosen": best[name], "runs": runs}
+    sft, reward_model, best_of, measured = stages[0], *stages[-3:]
     return {
-        "methods": {
-            name: {
-                "flag": ALL[name].flag, "chosen": best[name],
-                "runs": {str(c): runs(name, c) for c in ALL[name].coefficients},
-            }
-            for name in methods
-        },
-        "sft": {str(seed): done[-1][seed] for seed in seeds},
-        "best_of_n": {str(seed): done[-2][seed]["best_of"] for seed in seeds},
+        "methods": compared,
+        "sft": {str(seed): measured[seed] for seed in seeds},
+        "best_of_n": {str(seed): best_of[seed]["best_of"] for seed in seeds},
         "stages": {
-            str(seed): {"sft": done[0][seed], "reward_model": done[-3][seed]} for seed in seeds
+            str(seed): {"sft": sft[seed], "reward_model": reward_model[seed]} for seed in seeds
         },
     }
 
@@ -393,90 +386,87 @@ KEYS = ("true_reward", "kl", "score", "different")
 
 
 def spread(values):
-    """mean ± deviation, as text; of one value the value."""
+    """Returns mean ± standard deviation as text; of one value the value."""
     values = list(values)
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+    std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{std}"
+
+
+def numbers(runs):
+    """Returns the cells of runs on the held-out prompts, by KEYS."""
+    return [spread(run["heldout"][key] for run in runs) for key in KEYS]
+
+
+def markdown(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def table(result):
-    """Markdown: a row per method, at the coefficient that was chosen, on the held-out prompts."""
-    heads = ["", "coefficient", "true reward", "KL, nats", "score", "different texts"]
-    lines = [heads + ["CPU seconds", "GB", "seeds"], 9 * ["---"]]
-    numbers = lambda runs: [spread(run["heldout"][key] for run in runs) for key in KEYS]
-    lines += [["SFT policy", "", *numbers(result["sft"].values()), "", "", str(len(result["sft"]))]]
+    """Returns Markdown: a row per method, at the chosen coefficient, on the held-out prompts."""
+    rows = [["SFT policy", "", *numbers(result["sft"].values()), "", "", str(len(result["sft"]))]]
     for name, method in result["methods"].items():
         runs = method["runs"][str(method["chosen"])]
         timed = [run for seed, run in runs.items() if int(seed) > 1] or list(runs.values())
-        cost = [f"{statistics.fmean(run['cpu_seconds'] for run in timed):.0f}"]
-        cost += [f"{statistics.fmean(run['peak_memory_gb'] for run in timed):.2f}", str(len(runs))]
+        seconds = statistics.fmean(run["cpu_seconds"] for run in timed)
+        memory = statistics.fmean(run["peak_memory_gb"] for run in timed)
         what = f"`{method['flag']} {method['chosen']:g}`"
-        lines += [[name, what, *numbers(runs.values()), *cost]]
-    best = list(zip(*result["best_of_n"].values()))
-    for rows in best[2::2]:
-        true, score = (spread(row[key] for row in rows) for key in ("true_reward", "score"))
-        number, bound = f"n = {rows[0]['n']}", f"at most {rows[0]['kl']:.2f}"
-        lines += [["best of n", number, true, bound, score, "", "", "", str(len(rows))]]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+        cost = [f"{seconds:.0f}", f"{memory:.2f}", str(len(runs))]
+        rows.append([name, what, *numbers(runs.values()), *cost])
+    for same_n in list(zip(*result["best_of_n"].values()))[2::2]:
+        true, score = (spread(row[key] for row in same_n) for key in ("true_reward", "score"))
+        number, bound = f"n = {same_n[0]['n']}", f"at most {same_n[0]['kl']:.2f}"
+        rows.append(["best of n", number, true, bound, score, "", "", "", str(len(same_n))])
+    heads = ["", "coefficient", "true reward", "KL, nats", "score", "different texts"]
+    return markdown([*heads, "CPU seconds", "GB", "seeds"], rows)
 
 
 def sweep_table(result):
-    """Markdown: a row per method and coefficient, over the seeds that ran it."""
-    lines = [["", "coefficient", "true reward", "KL, nats", "score", "different texts", "seeds"]]
-    lines += [7 * ["---"]]
+    """Returns Markdown: a row per method and coefficient, over the seeds that ran it."""
+    rows = []
     for name, method in result["methods"].items():
-        for coefficient, runs in method["runs"].items():
-            numbers = [spread(run["heldout"][key] for run in runs.values()) for key in KEYS]
-            lines += [[name, f"`{method['flag']} {coefficient}`", *numbers, str(len(runs))]]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+        for c, runs in method["runs"].items():
+            what = f"`{method['flag']} {c}`"
+            rows.append([name, what, *numbers(runs.values()), str(len(runs))])
+    heads = ["", "coefficient", "true reward", "KL, nats", "score", "different texts", "seeds"]
+    return markdown(heads, rows)
+
+
+def mean_of(rows, key):
+    return statistics.fmean(row[key] for row in rows)
 
 
 def draw(result, path):
-    """True reward by coefficient and along training, and the score, all against the KL."""
+    """Draws true reward by coefficient and along training, and the score, against the KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(11, 9.5))
-    sweep, along, proxy = (figure.add_subplot(*place) for place in ((2, 1, 1), (2, 2, 3), (2, 2, 4)))
-    mean = lambda rows, key: statistics.fmean(row[key] for row in rows)
-    error = lambda rows, key: statistics.stdev([row[key] for row in rows]) if len(rows) > 1 else 0
+    figure, (sweep, along, proxy) = pyplot.subplots(3, 1, figsize=(9, 15))
     best = list(zip(*result["best_of_n"].values()))
     for axes, key in ((sweep, "true_reward"), (along, "true_reward"), (proxy, "score")):
-        numbers = [mean(rows, "kl") for rows in best], [mean(rows, key) for rows in best]
-        axes.plot(*numbers, color="black", lw=1.5, ls="--", label="best of n (KL at most)")
-        axes.set_xlabel("KL to the SFT policy, nats (square root scale)")
-        axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        bounds = [mean_of(rows, "kl") for rows in best]
+        label = "best of n (KL at most)"
+        axes.plot(bounds, [mean_of(rows, key) for rows in best], "k--", label=label)
+        axes.set_xlabel("KL to the SFT policy, nats")
+        axes.set_xscale("symlog", linthresh=1)
         axes.grid(alpha=0.3)
     for number, (name, method) in enumerate(result["methods"].items()):
-        color, marker = f"C{number}", "osD^vPX"[number % 7]
-        style = {"color": color, "marker": marker, "ms": 5, "lw": 1, "capsize": 2}
+        style = {"color": f"C{number}", "marker": "osD^vPX*"[number % 8], "lw": 1, "label": name}
         points = [[run["heldout"] for run in runs.values()] for runs in method["runs"].values()]
-        points.sort(key=lambda rows: mean(rows, "kl"))
-        shown = ((sweep, "true_reward"), (proxy, "score"))
-        for axes, key in shown if method["flag"] != "--beta" else shown[:1]:
-            axes.errorbar(
-                [mean(rows, "kl") for rows in points], [mean(rows, key) for rows in points],
-                xerr=[error(rows, "kl") for rows in points],
-                yerr=[error(rows, key) for rows in points], label=name, **style,
-            )
-        # along training: the coefficient that goes furthest, and so can over-optimise
-        furthest = max(method["runs"].values(), key=lambda runs: max(
-            run["heldout"]["kl"] for run in runs.values()
-        ))
-        curves = [run["curve"] for run in furthest.values() if len(run["curve"]) > 2]
-        for i, curve in enumerate(curves):
-            label = name if i == 0 else None
-            along.plot(
-                [row["kl"] for row in curve], [row["true_reward"] for row in curve],
-                color=color, marker=marker, ms=3, lw=1, alpha=0.8, label=label,
-            )
-    for axes in (sweep, along, proxy):
-        axes.set_xlim(left=0)
-    sweep.set_title("true reward, by coefficient", fontsize=11)
-    along.set_title("true reward along training, furthest coefficient", fontsize=11)
-    proxy.set_title("score of the reward model, by coefficient", fontsize=11)
+        points.sort(key=lambda rows: mean_of(rows, "kl"))
+        kls = [mean_of(rows, "kl") for rows in points]
+        sweep.plot(kls, [mean_of(rows, "true_reward") for rows in points], **style)
+        if method["flag"] != "--beta":  # DPO and its kin do not train on the score
+            proxy.plot(kls, [mean_of(rows, "score") for rows in points], **style)
+        furthest = list(method["runs"].values())[0]  # the smallest coefficient
+        for run in furthest.values():
+            curve = [(row["kl"], row["true_reward"]) for row in run["curve"]]
+            along.plot(*zip(*curve), **style | {"ms": 3})
+    sweep.set_title("true reward, by coefficient")
+    along.set_title("true reward along training, smallest coefficient")
+    proxy.set_title("score of the reward model, by coefficient")
     sweep.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -484,7 +474,7 @@ def draw(result, path):
 
 
 def machine():
-    """What made the numbers: command, versions, commit."""
+    """Returns what made the numbers: command, versions, commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
@@ -498,7 +488,7 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="ckpt/beside_ppo", help="folder for all runs")
-    parser.add_argument("--output", default="results/beside_ppo.json", help="JSON; the picture too")
+    parser.add_argument("--output", default=str(RESULTS / "beside_ppo.json"), help="JSON; the picture too")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--methods", nargs="+", choices=ALL, default=list(METHODS))

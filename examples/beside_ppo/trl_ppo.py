@@ -24,12 +24,12 @@ PROMPTS = pathlib.Path(__file__).resolve().parents[2] / "data" / "prompts.jsonl"
 
 
 def with_scale(model):
-    """The reward model with its mean and deviation in its head."""
-    mean, deviation = model.config.reward_mean, model.config.reward_std
+    """Returns the reward model with its mean and standard deviation in its head."""
+    mean, std = model.config.reward_mean, model.config.reward_std
     head = torch.nn.Linear(model.score.in_features, 1)
     with torch.no_grad():
-        head.weight.copy_(model.score.weight / deviation)
-        head.bias.fill_(-mean / deviation)
+        head.weight.copy_(model.score.weight / std)
+        head.bias.fill_(-mean / std)
     model.score = head
     return model
 
@@ -48,8 +48,7 @@ def main():
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.policy, padding_side="left")
     causal_lm = transformers.AutoModelForCausalLM
     classifier = transformers.AutoModelForSequenceClassification
-    load = lambda auto_class, path: auto_class.from_pretrained(path, dtype=torch.float32)
-    policy = load(causal_lm, args.policy)
+    policy = causal_lm.from_pretrained(args.policy, dtype=torch.float32)
     lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
     ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
     prompts = datasets.Dataset.from_dict({"input_ids": ids})
@@ -65,9 +64,9 @@ def main():
     )
     trainer = PPOTrainer(
         args=config, processing_class=tokenizer, model=policy,
-        ref_model=load(causal_lm, args.policy),
-        reward_model=with_scale(load(classifier, args.reward)),
-        value_model=with_scale(load(classifier, args.reward)),
+        ref_model=causal_lm.from_pretrained(args.policy, dtype=torch.float32),
+        reward_model=with_scale(classifier.from_pretrained(args.reward, dtype=torch.float32)),
+        value_model=with_scale(classifier.from_pretrained(args.reward, dtype=torch.float32)),
         train_dataset=prompts, eval_dataset=prompts.select(range(2)),
     )
     trainer.train()
