@@ -124,6 +124,8 @@ def check_model(model):
             generate_responses(model, tokens, mask, 2, 1.0, torch.Generator())
     except Exception as error:  # each family has its own
         explain(error, f"{name} can't be read or sampled from")
+    if not whole.isfinite().all():
+        raise UserError(f"{name} gives numbers that are not finite: are its weights broken?")
     exact = 0 if model.device.type == "cpu" else 1e-3  # a GPU may add in another order
     for one, other, limit, what in (
         (whole, again, exact, "draws random numbers in its forward pass"),
@@ -234,8 +236,10 @@ def set_template_arguments(tokenizer, text):
         arguments = json.loads(text).items()
     except (ValueError, AttributeError) as error:
         explain(error, f"{flag} is no JSON object")
+    own = ("messages", "tools", "documents", "add_generation_prompt")  # transformers sets these
     for name, value in arguments:
-        if not name.isidentifier() or not re.search(rf"\b{name}\b", str(templates)):
+        is_read = name.isidentifier() and re.search(rf"\b{name}\b", str(templates))
+        if not is_read or name in own:
             raise UserError(f"{flag}: the chat template does not read {name!r}")
         default = f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
         templates = {kind: default + template for kind, template in templates.items()}
@@ -379,7 +383,8 @@ def lost_words(text, message):
     parts += [call.get("name") for call in calls]
     for call in calls:
         arguments = call.get("arguments") or {}
-        parts += arguments.values() if isinstance(arguments, dict) else [arguments]
+        values = arguments.values() if isinstance(arguments, dict) else [arguments]
+        parts += [str(value) for value in values if type(value) in (str, int, float)]
     tags = r"</?\w+>|\[/?[A-Z]+\]|\s"
     rendered = re.sub(tags, "", text)
     for part in parts:
@@ -408,10 +413,10 @@ def load(auto_class, path, made_by=None, **options):
             raise UserError(f"there is no folder {path!r}{hint}")
         if auto_class is AutoTokenizer:
             print(f"  {path} is no folder here: looking for it on the Hugging Face hub", flush=True)
+    base = adapter_base(path)
+    if base and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+        return load(auto_class, base, made_by, **options)
     try:
-        base = adapter_base(path)
-        if base and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-            return auto_class.from_pretrained(base, **options)
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
         if "trust_remote_code=True" in str(error):
@@ -427,7 +432,10 @@ def load_config(path, made_by, options):
     Two forward passes with two dropout masks would be two policies. Models are in evaluation mode
     anyway, but for layers with gradient checkpointing, which must be in train mode.
     """
-    config = load(AutoConfig, adapter_base(path) or path, made_by, **options)
+    base = adapter_base(path)
+    if base:
+        return load_config(base, made_by, options)
+    config = load(AutoConfig, path, made_by, **options)
     configs = [config]
     for each in configs:  # the list grows by nested configs
         configs += [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]
@@ -446,14 +454,15 @@ def load_model(auto_class, path, made_by, config, **options):
     The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
     """
     base = adapter_base(path)
+    if base:
+        model, missing = load_model(auto_class, base, made_by, config, **options)
+        return model, sorted({*missing} - merge_adapter(model, path))
     options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
-    model, info = load(auto_class, base or path, made_by, output_loading_info=True, **options)
+    model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
     layers = [name for name in info["unexpected_keys"] if re.search(r"\.\d+\.", name)]
     if layers:  # other parts, like a head, are left out on purpose
         print(f"  {path} has weights that its config has no place for: {len(layers)}, {layers[0]}")
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if base:
-        missing -= merge_adapter(model, path)
     return model.eval(), sorted(missing)
 
 
@@ -505,7 +514,9 @@ def load_classifier(path, made_by=None, **options):
         members = {"base_model_prefix": kind.base_model_prefix}
         made = type(name, (ClassifierParts, base), members)
         classes.register(type(config), made, exist_ok=True)
-    return load_model(classes, path, made_by, config, **options)
+    model, missing = load_model(classes, path, made_by, config, **options)
+    model.base_model._init_weights(model.base_model)  # buffers that no folder holds: Falcon-H1's
+    return model, missing
 
 
 def load_scalar_model(path, tokenizer, made_by=None, **options):
@@ -584,13 +595,15 @@ def merge_adapter(model, path):
         import peft
 
         held = {*safetensors.torch.load_file(os.path.join(path, "adapter_model.safetensors"))}
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        for name, module in model.named_modules():
+            is_tied = head is not None and head.weight is embedding.weight
+            if is_tied and module in (head, embedding) and any(f".{name}." in key for key in held):
+                raise ValueError("it changes an embedding that is tied to the LM head")
         config = peft.PeftConfig.from_pretrained(path)
         config.task_type = None  # its class would call a causal LM's methods of a scalar model
         adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
         known = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
-        is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        if is_tied and any(re.search(r"\.(embed_tokens|wte|lm_head)\.", name) for name in held):
-            raise ValueError("it changes an embedding that is tied to the LM head")
         odd = [name for name in known ^ held if ".base_layer." not in name]  # an adapted embedding
         if odd:
             raise ValueError(f"its weights do not match the model's: {min(odd)}")
@@ -764,20 +777,14 @@ class GrowingCache(DynamicCache):
 
 @torch.no_grad()
 def generate_responses(model, prompts, prompt_mask, response_length, temperature, generator=None):
-    """Samples a response to each left-padded prompt (B, P). Returns ids and log-probabilities of
-    the sampled tokens, (B, R) each; R is at most response_length.
-
-    After its EOS a row holds pad, and 0. There is no top-k or top-p: they would sample from another
-    distribution than the one whose log-probabilities are learned from. `model.generate` would do,
-    too; this loop is faster because rows that have finished leave the batch, several at a time, as
-    that copies the cache. It looks for them every fourth token only, as looking makes the CPU wait
-    for the GPU. `generator` draws on the CPU, by default torch's own.
+    """Samples a response to each left-padded prompt (B, P) without top-k or top-p. Returns ids and
+    log-probabilities, (B, R) each, R at most response_length, with pad and 0 after an EOS.
+    Unlike in `generate`, finished rows leave the batch: several at a time, as that copies the cache
+    and makes the CPU wait for the GPU. `generator` draws on the CPU.
     """
     settings = model.generation_config
     eos_ids = torch.tensor(settings.eos_token_id, device=prompts.device)
-    response = torch.zeros(
-        len(prompts), response_length, dtype=torch.int64, device=prompts.device
-    )  # (B, R)
+    response = prompts.new_zeros(len(prompts), response_length)  # (B, R)
     logprobs = response.float()
     uniform = torch.randint(2**31, (*response.shape, 2), generator=generator).to(prompts.device)
     is_state_space = "cache_params" in inspect.signature(model.forward).parameters
@@ -797,8 +804,7 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
                 **{"cache_params" if is_state_space else "past_key_values": cache},
             )
             tokens, logprob = sample_tokens(output.logits[:, -1], temperature, uniform[rows, t])
-            tokens = torch.where(is_open, tokens, settings.pad_token_id)  # (b,)
-            response[rows, t] = tokens
+            response[rows, t] = tokens = torch.where(is_open, tokens, settings.pad_token_id)
             logprobs[rows, t] = torch.where(is_open, logprob, 0.0)
             is_open = is_open & ~torch.isin(tokens, eos_ids)
             inputs, mask = tokens[:, None], F.pad(mask, (0, 1), value=True)
@@ -810,9 +816,8 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
                 rows, inputs, mask, is_open = rows[left], inputs[left], mask[left], is_open[left]
     for module in checkpointing:
         module.training = True
-    response, logprobs = total(response), total(logprobs)
-    if not logprobs.isfinite().all():
-        raise UserError("sampling failed: the model's logits are not finite; lower --lr")
-    is_eos = torch.isin(response, eos_ids).long()
+    is_eos = torch.isin(total(response), eos_ids).long()
     num_columns = (is_eos.cumsum(1) == is_eos).any(0).sum()  # R: not all had finished before
+    if not total(logprobs).isfinite().all():
+        raise UserError("sampling failed: the logits are not finite; lower --lr, see the weights")
     return response[:, :num_columns], logprobs[:, :num_columns]

@@ -119,9 +119,12 @@ def parse_args(config_class, description, argv=None):
             raise UserError(f"{flag} is given twice; give all values at once: {flag} A B")
     try:
         namespace, unknown = parser.parse_known_args(given)
-        if namespace.resume:
+        if getattr(namespace, "resume", False):
             saved = read_args(namespace.output)
-            names = {field.name for field in fields.values()} - {"output", "resume", "overwrite"}
+            names = {field.name for field in fields.values()}
+            if saved.keys() - names - {"written", "finished"}:
+                raise UserError(f"{namespace.output} holds a run of another stage or version")
+            names -= {"output", "resume", "overwrite"}
             parser.set_defaults(**{name: saved[name] for name in names & saved.keys()})
             namespace, unknown = parser.parse_known_args(given)
     except argparse.ArgumentError as error:
@@ -458,15 +461,7 @@ class Run:
         self.seconds = collections.Counter()
         self.entered = ("loading", time.perf_counter())
         current["phase"] = "loading"
-        for name in INPUTS:
-            values = getattr(cfg, name, None) or []
-            for value in [values] if isinstance(values, str) else values:
-                if os.path.realpath(value) == str(self.folder):
-                    raise UserError(f"--output {cfg.output} is a folder that the run reads")
-                if read_args(value).get("finished") is False:
-                    how = f"--resume --output {value} continues it"
-                    raise UserError(f"{value} is not finished; {how}")
-                self.inputs[f"{flag_of(name)} {value}"] = checksum(value)
+        self.check_inputs()
         if RANK == 0:
             self.claim()
         saved = read_args(self.folder)
@@ -478,8 +473,22 @@ class Run:
             if not can_be_extended or self.done >= cfg.iterations:
                 how = "a higher --iterations continues it, " if can_be_extended else ""
                 print(f"  the run in {cfg.output} is finished; {how}--overwrite starts again")
+                for path in checkpoints(self.folder) if RANK == 0 else ():  # a kill has left it
+                    remove_checkpoint(path)
                 sys.exit(0)  # a job that is started again has nothing to do
         greatest(0)  # all processes have looked before the first one writes
+
+    def check_inputs(self):
+        """Notes the checksums of all inputs; refuses OUTPUT itself and unfinished runs."""
+        for name in INPUTS:
+            values = getattr(self.cfg, name, None) or []
+            for value in [values] if isinstance(values, str) else values:
+                if os.path.realpath(value) == str(self.folder):
+                    raise UserError(f"--output {self.cfg.output} is a folder that the run reads")
+                if read_args(value).get("finished") is False:
+                    how = f"--resume --output {value} continues it"
+                    raise UserError(f"{value} is not finished; {how}")
+                self.inputs[f"{flag_of(name)} {value}"] = checksum(value)
 
     def claim(self):
         """Locks OUTPUT, and refuses a folder that holds something else, or a run not to touch."""
@@ -493,7 +502,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{output} can't be written: {error.strerror}") from None
         saved = read_args(self.folder)
-        if not saved and {*os.listdir(self.folder)} - {LOCK}:
+        if not saved and {*os.listdir(self.folder)} - {LOCK, "args.partial"}:
             raise UserError(f"{output} holds files of something else; name a new folder")
         if saved and self.cfg.resume == self.cfg.overwrite:
             raise UserError(f"{output} holds a run; give --resume to continue or --overwrite")
@@ -534,7 +543,6 @@ class Run:
         self.schedule = schedule
         state = self.state
         self.state = {}
-        self.generator.set_state(state.get("generator", torch.get_rng_state()))
         if self.done:
             for name, model in models.items():
                 model.load_state_dict(state["weights"][name], strict=False)
@@ -549,19 +557,24 @@ class Run:
         if RANK > 0:
             return
         written = read_args(self.folder).get("written", [])
+        self.write_args(written, False)
         if not self.done:  # new, or nothing was saved yet
             for name in [*written, *LOGS]:
                 (self.folder / name).unlink(missing_ok=True)
             for path in checkpoints(self.folder):
                 remove_checkpoint(path)
-            written = []
+            self.write_args([], False)
         for name, size in state.get("log_sizes", {}).items():
             os.truncate(self.folder / name, size)  # rows after the checkpoint will come again
-        self.write_args(written, False)
         log = self.folder / "metrics.jsonl"
         log.touch()
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         self.history = [row for row in rows if "split" not in row]
+
+    def own_generator(self):
+        """Returns the loop's own generator: what a reward function draws does not change it."""
+        self.generator.set_state(self.state.get("generator", torch.get_rng_state()))
+        return self.generator
 
     def write_args(self, names, is_finished):
         """Writes args.json, whole or not at all."""

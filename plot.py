@@ -208,7 +208,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="output folder of a stage, or a metrics.jsonl")
     parser.add_argument("--output", default="curves.png", help="PNG file (default: %(default)s)")
-    parser.add_argument("--panels", type=int, choices=range(1, 8), help="only so many (default: all)")
+    parser.add_argument("--panels", type=int, choices=range(1, 8), help="how many (default: all)")
     args = parser.parse_args()
     try:
         if not args.output.lower().endswith(".png"):

@@ -1,5 +1,7 @@
 """Stage 3 of RLHF, PPO: one batch of text from the prompt to optimizer.step().
 
+The decoding loop and calls of models are in common.py, what may score a response in rewards.py.
+
 Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
 
 (1)  rewards     r_t     = -beta * (log pi_old(y_t) - log pi_ref(y_t)) + [t is last] * score(x, y),
@@ -8,19 +10,19 @@ Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 (3)  returns     G_t     = A_t + V_t
 (4)  ratio       rho_t   = pi(y_t) / pi_old(y_t) = exp(log pi(y_t) - log pi_old(y_t))
 (5)  policy      L_clip  = mean_t min(rho_t * A_t, clip(rho_t, 1 - eps, 1 + eps) * A_t)
-(6)  value       L_value = 1/2 mean_t max((V_t - G_t)^2,
-                                          (V_old + clip(V_t - V_old, -eps_v, eps_v) - G_t)^2)
+(6)  value       L_value = 1/2 mean_t max((V'_t - G_t)^2,
+                                          (V_t + clip(V'_t - V_t, -eps_v, eps_v) - G_t)^2)
 (7)  total       L       = -L_clip + c1 * L_value - c2 * entropy
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
                            between a tenth and ten times its initial value
 
-          V in (2) and (3) is V_old, computed once per rollout, and 0 after the last token; V in (6)
-          is the critic's current output. A_t in (5) is whitened: mean 0 and standard deviation 1
-          over all tokens of the rollout. mean_t is over all tokens of a minibatch.
+          V is the critic before the update, computed once per rollout, and 0 after the last token;
+          V' is the critic now. A_t in (5) is whitened: mean 0 and standard deviation 1 over all
+          response tokens of the rollout. mean_t is over all response tokens of a minibatch.
 
           With --advantage bandit the whole response is one action; gamma, lam and eps_v are unused:
 (2b)      A       = sum_t r_t - V(x), the same for every token; ratio and clip are still per token
-(6b)      L_value = mean (V(x) - sum_t r_t)^2, without the 1/2 of (6)
+(6b)      L_value = mean (V'(x) - sum_t r_t)^2, as it is usually written, without the 1/2 of (6)
 
 Shapes    B responses, P prompt tokens (left-padded), R response tokens (right-padded), S scorers
           (what --reward names). A micro-batch has b rows, r response columns and N unmasked tokens.
@@ -32,24 +34,25 @@ Mask      response_mask is True where a token counts: up to and including the fi
 Models    policy        starts at --policy              trained  writes the responses
           ref policy    a copy of it                    frozen   the KL is measured from it
           reward model  --reward; several are summed    frozen   scores a finished response
-          critic        separate: a copy of the reward  trained  predicts the rewards to come, from
-                        model, if that reads tokens;             an unfinished response
-                        shared: a head on the policy
+          critic        separate: a copy of the first   trained  predicts the rewards to come, from
+                        reward model that reads tokens,          an unfinished response
+                        else of the policy with a head
+                        of zeros; shared: a value head
           pi_old needs no model. It is the policy before the update; its log-probabilities are kept.
 
-Differs   The score is added at the last token that counts; TRL adds it one position later if there
-          is room. A missing EOS lowers the score; in Huang et al. it replaces the score. One
-          function computes all log-probabilities (old, new and reference), at the sampling
-          temperature and in float32. Each mean in (5) to (7) is a sum that is divided once, by the
+Exact     One function computes all log-probabilities (old, new and reference), at the sampling
+          temperature and with the softmax in float32. Each mean in (5) to (7) is divided by the
           count of the whole minibatch, so micro-batches change the gradient by rounding only.
+Differs   TRL adds the score one position after the last token that counts, when there is room; here
+          it is at that token. In Huang et al. a missing EOS replaces the score; here it lowers it.
 
-Read      the main loop first (`main`), then sections 1 to 6. The rest can wait.
+Read      from `# 1. ROLLOUT` in `main` to its optimizer.step(), then sections 1 to 6.
 
 Sources   Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (our eqs. 1, 8); Stiennon et
           al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". Its
           settings are a good starting point for 1 B parameters: --lr 3e-6 --critic-lr 3e-6
           --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
-          --response-length 53 --iterations 1953, which are 1,000,000 episodes.
+          --response-length 53 --iterations 1953, about 1,000,000 episodes.
 
 Run       python ppo.py --policy ckpt/sft                                        embedded world
           python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
@@ -83,15 +86,15 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 
 # === 0. Configuration =============================================================================
 # Three batch sizes: an iteration samples --batch-size responses; an optimizer step learns from
-# --minibatch-size of them; --microbatch-size of them go through a model at a time, when scoring and
-# learning. So an iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps.
+# --minibatch-size of them; a forward pass of scoring or learning takes --microbatch-size. So an
+# iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps at most.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
     eval_every: Count = arg(10, "iterations between evaluations on held-out prompts")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "attention code")
     compile: bool = arg(False, "use torch.compile in scoring and update: slow start, then faster")
-    explain: bool = arg(False, "print a response token by token, at first and at evaluations")
+    explain: bool = arg(False, "print a response token by token, in iteration 1 and at evaluations")
 
     policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
     reward: list[str] = arg(["ckpt/reward_model"], "reward models, file.py:function; summed")
@@ -101,7 +104,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
     batch_size: Count = arg(128, "responses per iteration")
-    samples_per_prompt: Count = arg(1, "responses to each prompt; the batch has fewer prompts")
+    samples_per_prompt: Count = arg(1, "responses per prompt; batch_size counts responses")
     max_prompt_length: Count = arg(512, "in tokens; longer prompts are dropped and counted")
     response_length: Count = arg(64, "in tokens; longer responses are truncated")
     temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "of sampling; usually 0.7 to 1")
@@ -111,7 +114,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     # KL, lengths and your own reading more than the score.
     kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
     kl_target: Positive | None = arg(None, "adapt beta to hold this KL, in nats; usually 3 to 10")
-    kl_horizon: Count | None = arg(None, "adaptation time, in episodes; None: a 12th of the run")
+    kl_horizon: Count | None = arg(None, "adaptation time, in episodes; None: a twelfth of all")
     reward_device: str | None = arg(None, "of reward models and reference; None: as --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of truncated responses")
 
@@ -127,16 +130,16 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     microbatch_size: Count = arg(32, "responses per forward pass; affects memory and speed only")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
     value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values; inf: none")
-    value_coef: Weight = arg(0.1, "weight of the value loss; a separate critic hardly feels it")
+    value_coef: Weight = arg(0.1, "weight of the value loss; matters for a shared critic")
     entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
-    max_approx_kl: Weight | None = arg(None, "end an update above this approx_kl; 0.02")
+    max_approx_kl: Weight | None = arg(None, "stop an update early above this, usually 0.02")
     lr: Share | None = arg(None, "learning rate of the policy, decays to 0; None: by size")
     critic_lr: Share | None = arg(None, "learning rate of the critic, decays to 0; None: by size")
     max_grad_norm: Positive = arg(1.0, "clip the gradient norms of policy and critic to this")
 
 
-# Learning rates by number of parameters: one that suits a tiny model can ruin a large one in an
-# iteration. The first two were measured here (at 0.3, 1 and 5 M parameters approx_kl is 0.01 to
+# Learning rates by number of parameters: a rate that suits a tiny model can ruin a large one within
+# one iteration. The first two were measured here (at 0.3, 1 and 5 M parameters approx_kl is 0.01 to
 # 0.05 in iteration 1), the last is that of Huang et al. 2024 for 1 to 7 B, the third is a guess.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
 # Flags that --resume may change; --iterations also changes the learning rates and beta's horizon.
@@ -173,7 +176,7 @@ def check_config(cfg):
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
 def endless_batches(rows, batch_size, samples_per_prompt, rng):
     """Yields batches of rows endlessly: all rows in random order, then again in another order. In a
-    batch each row is repeated `samples_per_prompt` times in a row.
+    batch each row appears `samples_per_prompt` times, one after another.
     """
     order = []  # rows still to come
     num_prompts = batch_size // samples_per_prompt
@@ -191,7 +194,8 @@ def mask_through_first_eos(response, eos_ids):
     follows is padding. The mask is built from the sampled tokens alone, because `response == pad`
     is wrong wherever the pad token can be sampled or is the EOS.
     """
-    is_eos = torch.isin(response, torch.tensor(eos_ids, device=response.device)).long()
+    eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=response.device)
+    is_eos = torch.isin(response, eos_ids).long()
     return (is_eos.cumsum(1) - is_eos) == 0  # no EOS strictly before t
 
 
@@ -220,13 +224,14 @@ def sample_responses(policy, tokenizer, prompt_rows, response_length, temperatur
     prompts, prompt_mask = prompts.to(policy.device), prompt_mask.to(policy.device)  # (B, P)
     response, sampled_logprobs = common.generate_responses(
         policy, prompts, prompt_mask, response_length, temperature, generator
-    )  # (B, R) each
+    )  # (B, R) each; after an EOS pad, and 0
     response_mask = mask_through_first_eos(response, settings.eos_token_id)  # (B, R)
-    eos_ids = torch.tensor(settings.eos_token_id, device=response.device)
+    eos_ids = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=response.device)
     finished = torch.isin(response, eos_ids).any(1)  # (B,)
-    texts = []  # one string per response
-    for i, length in enumerate((response_mask.sum(1) - finished.long()).tolist()):  # without EOS
-        texts.append(common.decode(tokenizer, prompt_ids[i], response[i, :length].tolist()))
+    lengths = (response_mask.sum(1) - finished.long()).tolist()  # without EOS
+    texts = []  # with the prompt's ids, as a token alone may lose its leading space
+    for ids, response_ids, length in zip(prompt_ids, response.tolist(), lengths):
+        texts.append(common.decode(tokenizer, ids, response_ids[:length]))
     return Rollout(
         tokens=torch.cat([prompts, response], 1),  # (B, P+R)
         attention_mask=torch.cat([prompt_mask, response_mask], 1),  # (B, P+R)
@@ -242,13 +247,15 @@ def score_responses(scorers, rollout, prompt_rows):
     """Returns the score of each response by each of the S scorers, (S, B) float32, no gradient.
 
     A reward model trained by reward_model.py reads the tokens as the policy wrote them. Its score
-    is the output at the last one, the EOS if there is one; on texts like its training pairs, scores
-    have mean 0 and standard deviation 1. One with a different tokenizer reads the decoded texts. A
-    Python function's values are used as returned. See rewards.py.
+    is the output at the last token (the EOS, if any); on texts like its training pairs, scores have
+    mean 0 and standard deviation 1. A reward model with a different tokenizer reads the decoded
+    texts. A Python function's values are used as returned. See rewards.py.
     """
     scores = []
     for scorer in scorers:
         scores.append(scorer(rollout.tokens, rollout.attention_mask, prompt_rows, rollout.texts))
+        if not scores[-1].isfinite().all():
+            raise UserError(f"a score of {scorer.spec} is not finite; see its weights and --dtype")
     return torch.stack(scores)  # (S, B)
 
 
@@ -263,13 +270,14 @@ class ValueHead(torch.nn.Linear):
 def token_logprobs(logits, tokens, temperature, with_entropy):
     """Returns log-probabilities of tokens (b, R), and entropies, (b, R) float32 each.
 
-    The sampler divides the logits by the temperature, so every log-probability does, the
-    reference's too: the tempered policy is the one that is trained, and its KL must start at 0.
+    The sampler divides the logits by the temperature, so we do the same for every log-probability,
+    including the reference's: the tempered policy is the one that is trained, and its KL starts at
+    0, up to rounding.
     """
     all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
     logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, R)
     if not with_entropy:
-        return logprobs, torch.zeros_like(logprobs)  # a pass over the vocabulary less
+        return logprobs, torch.zeros_like(logprobs)  # saves a pass over the vocabulary
     return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)  # (b, R): the exact entropy
 
 
@@ -279,13 +287,13 @@ def forward_responses(
     """Returns log-probabilities, values and entropies of response tokens: (b, r) float32 each, with
     r = num_columns. Values are 0 without a critic, entropies are 0 unless `with_entropy`.
 
-    A causal model's output at position i is its distribution over token i + 1. So what belongs to
-    the r response tokens is read one position earlier, from the last prompt token on. This is the
+    A causal model's output at position i is its distribution over token i + 1. So the outputs for
+    the r response tokens stand one position earlier, starting at the last prompt token. This is the
     only shift in the file; from here on, column t of every tensor belongs to y_t.
 
-        position   ...  P-2   P-1    P    P+1  ...  P+R-2     P+R-1
-        token      ...  x     x      y_0  y_1  ...  y_{R-2}   y_{R-1}
-        predicts   ...  x     y_0    y_1  y_2  ...  y_{R-1}   (dropped)
+        position   ...  P-2   P-1    P    P+1  ...  P+r-2     P+r-1
+        token      ...  x     x      y_0  y_1  ...  y_{r-2}   y_{r-1}
+        predicts   ...  x     y_0    y_1  y_2  ...  y_{r-1}   (dropped)
     """
     is_shared = isinstance(critic, ValueHead)  # then it needs the policy's hidden states
     tokens, attention_mask = tokens.to(policy.device), attention_mask.to(policy.device)
@@ -309,7 +317,7 @@ def forward_responses(
     if critic is None:
         values = torch.zeros_like(logprobs)  # a reference has no critic
     elif is_shared:
-        hidden = output.hidden_states[-1][:, -num_columns:]  # (b, r, width)
+        hidden = output.hidden_states[-1][:, -num_columns:]  # (b, r, hidden size)
         values = critic(hidden.float()).squeeze(-1)  # (b, r)
     else:
         values = common.token_scores(critic, inputs, input_mask)[:, -num_columns:]  # (b, r)
@@ -320,7 +328,7 @@ def forward_responses(
 def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch_size):
     """Returns logprobs, ref_logprobs, values and entropies of a rollout, (B, R) float32 each.
 
-    The old log-probabilities are computed here although the sampler has computed some: they must
+    The old log-probabilities are computed here although the sampler returns some, too: they must
     come from the function that the update uses, or the first ratio is not 1. Only rounding
     differences remain, which depend on the micro-batches' shapes (approx_kl_first in the log).
     """
@@ -338,8 +346,7 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
         ref_logprobs, _, _ = forward_responses(ref_policy, None, part, mask, width, temperature)
         ref_logprobs = ref_logprobs.to(tokens.device)  # from --reward-device
         results[:, rows, :width] = torch.stack([logprobs, ref_logprobs, values, entropies])
-    logprobs, ref_logprobs, values, entropies = common.total(results)  # sum over processes
-    return logprobs, ref_logprobs, values, entropies
+    return common.total(results)  # (4, B, R); under torchrun each process had filled its own rows
 
 
 # === 4. Rewards: eqs. 1 and 8 =====================================================================
@@ -349,11 +356,11 @@ def kl_shaped_rewards(scores, token_kl, response_mask, kl_coef):
     Args:
         scores: (B,), one per response.
         token_kl: (B, R), log pi_old(y_t) - log pi_ref(y_t). Its sum over a response is a one-sample
-            estimate of the KL; averaged over many of the policy's own samples it is the KL.
+            estimate of the KL; its average over the policy's own samples approaches the KL.
 
     The reward model judges the finished text, so the whole score is added at the last token; every
-    token is penalized for its own distance from the reference. Advantages carry both back in time:
-    with the KL in the reward, and not in the loss, earlier tokens are credited for later KL, too.
+    token is penalized for its own distance from the reference. GAE carries both back in time: as
+    the KL is in the reward, and not in the loss, a token is also charged for the KL of later ones.
     """
     rewards = torch.where(response_mask, -kl_coef * token_kl, 0.0)  # eq. 1, left
     last_index = response_mask.sum(1, keepdim=True) - 1  # (B, 1): the EOS, or the cut
@@ -365,8 +372,8 @@ def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
 
     `kl` is the batch's mean KL per response, in nats; `step_size` is batch / horizon, as in the
     code of Ziegler et al. 2019 (their paper has a constant 0.1). The limits of a tenth and ten
-    times the initial beta are ours: beyond, either the score or the KL would no longer matter. With
-    the default horizon beta can reach them within a run. Without a target beta stays as it is.
+    times the initial beta are ours: outside them, either the score or the KL would hardly matter.
+    Without a target beta stays as it is.
     """
     if kl_target is None:
         return kl_coef
@@ -381,7 +388,7 @@ def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
 def gae(rewards, values, response_mask, gamma, lam):
     """Returns advantages and returns by eqs. 2 and 3, (B, R) each (Schulman et al. 2016).
 
-    `values` are from before the update, so the returns are fixed targets during all epochs. After
+    `values` were computed before the update, so returns are fixed targets in all epochs. After
     the last token no reward is left: V is 0 there, even if the response was truncated.
     With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
@@ -428,7 +435,7 @@ class Batch:
     tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
     attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
     response_mask: torch.Tensor  # (B, R) bool      True up to and including the first EOS
-    value_mask: torch.Tensor  # (B, R) bool         True where the critic is trained
+    value_mask: torch.Tensor  # (B, R) bool         as response_mask; bandit: only column 0
     logprobs: torch.Tensor  # (B, R) float32        log pi_old(y_t)
     ref_logprobs: torch.Tensor  # (B, R) float32    log pi_ref(y_t); forks use it in the loss
     values: torch.Tensor  # (B, R) float32          V_old(x, y_<t)
@@ -437,7 +444,7 @@ class Batch:
 
     def micro_batches(self, index, size):
         """Yields the rows `index` as Batches of up to `size` rows of similar length, each without
-        the columns that are padding in all of its rows.
+        the columns that are padding in all of its rows; under torchrun this process's share.
         """
         prompt_length = self.tokens.shape[1] - self.response_mask.shape[1]
         for rows, columns in common.parts_by_length(self.attention_mask, index, size):
@@ -476,9 +483,9 @@ def policy_loss(ratio, advantages, clip_eps):
 def value_loss(new_values, values, returns, value_clip_eps, advantage):
     """Returns the loss of each value, eq. 6: the larger of the plain and the clipped error.
 
-    Where V has moved more than eps_v from V_old towards its target, the clipped error is the larger
-    one and the gradient is 0. Like eq. 5, this limits how far one rollout moves V; it does not
-    bound V. With --advantage bandit it is the squared error, eq. 6b.
+    Where V' is more than eps_v from V and nearer to its target than the clipped value, the gradient
+    is 0. Like eq. 5, this removes the reason to move further on one rollout; it is not a bound.
+    With --advantage bandit it is the squared error, eq. 6b.
     """
     if advantage == "bandit":
         return (new_values - returns) ** 2  # eq. 6b
@@ -488,20 +495,152 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
 
 @torch.no_grad()
 def add_statistics(sums, **terms):
-    """Adds a micro-batch's terms to the sums of its optimizer step. Every key is logged, averaged
-    over the optimizer steps, so a fork logs another number by adding a key.
+    """Adds a micro-batch's terms to the sums of its optimizer step. They are logged as
+    means over the optimizer steps, so a fork logs another number by adding a key.
     """
     for name, term in terms.items():
         sums[name] = sums.get(name, 0.0) + term
 
 
-# === 7. Prompts and models ========================================================================
+# === Main loop: sections 1 to 6 in order ==========================================================
+def main(cfg):
+    cfg = check_config(cfg)  # or the embedded prompts and judge
+    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # seeds, takes --output
+    code = cfg.trust_remote_code  # may a model bring code of its own?
+    tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
+    rows, eval_rows = load_prompts(cfg, tokenizer)
+    longest = max(len(row.prompt_ids) for row in rows + eval_rows) + cfg.response_length
+    policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, longest, run.device)
+    judge = FunctionScorer(cfg.judge) if cfg.judge else None
+    optimizer, schedule = make_optimizer(cfg, policy, critic)
+    print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
+    harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
+    dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
+    generator = run.own_generator()
+    run.phase("evaluation")
+    # The initial policy's scales and samples. A resumed run has them from its checkpoint.
+    scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
+    baseline = run.kept.get("baseline")  # its samples
+    baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
+    samples = run.kept.get("samples", baseline)  # the latest evaluation
+    kl_coef = run.kept.get("kl_coef", cfg.kl_coef)  # beta
+    horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
+    kl_step_size = cfg.batch_size / horizon  # of eq. 8
+    run.restore(tokenizer, {"policy": policy, "critic": critic}, optimizer, schedule)
+    if not run.done:
+        log_evaluation(run, samples, baseline)
+    batches = endless_batches(rows, cfg.batch_size, cfg.samples_per_prompt, random.Random(cfg.seed))
+    for iteration, prompt_rows in run.steps(batches, cfg.iterations):
+        # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); texts
+        run.phase("rollout")  # the decoding loop is common.generate_responses
+        rollout = sample_responses(
+            policy, tokenizer, prompt_rows, cfg.response_length, cfg.temperature, generator
+        )
+        response_mask = rollout.response_mask  # True where a token counts
+
+        # 2. SCORE       tokens or texts -> score_parts (S, B); final_scores, true_rewards (B,)
+        run.phase("score")
+        score_parts = score_responses(scorers, rollout, prompt_rows)
+        final_scores = score_parts.sum(0) - cfg.missing_eos_penalty * (~rollout.finished).float()
+        true_rewards = score_responses([judge], rollout, prompt_rows)[0] if judge else None
+
+        # 3. LOGPROBS    tokens -> logprobs, ref_logprobs, values, old_entropies (B, R)
+        run.phase("log-probabilities")
+        logprobs, ref_logprobs, values, old_entropies = evaluate_tokens(
+            policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size
+        )
+        sampler_gap = check_sampler(run, policy, rollout, logprobs)
+
+        # 4. REWARDS     final_scores, logprobs -> token_kl, rewards (B, R)                 eq. 1
+        token_kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # sums estimate KL
+        kl = token_kl.sum(1).mean().item()  # nats per response
+        rewards = kl_shaped_rewards(final_scores, token_kl, response_mask, kl_coef)
+
+        # 5. ADVANTAGES  rewards, values -> advantages, returns (B, R)                      eqs. 2-3
+        if cfg.advantage == "gae":
+            advantages, returns = gae(rewards, values, response_mask, cfg.gamma, cfg.lam)
+            value_mask = response_mask
+        else:
+            advantages, returns = bandit(rewards, values, response_mask)
+            value_mask = torch.zeros_like(response_mask)
+            value_mask[:, 0] = True  # only V(x) is used, so only V(x) is trained
+        batch = Batch(
+            tokens=rollout.tokens, attention_mask=rollout.attention_mask,
+            response_mask=response_mask, value_mask=value_mask,
+            logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
+            advantages=whiten(advantages, response_mask), returns=returns,
+        )
+
+        # 6. UPDATE      batch -> updated policy and critic; only new_* carries gradient    eqs. 4-7
+        steps = []  # the statistics of each optimizer step
+        for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs, generator):
+            run.phase("backward")
+            optimizer.zero_grad()
+            num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
+            step = {}  # {statistic: number}
+            for micro in batch.micro_batches(index, cfg.microbatch_size):  # gradients accumulate
+                new_logprobs, new_values, new_entropies = forward_responses(
+                    policy, critic, micro.tokens, micro.attention_mask,
+                    micro.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
+                )  # (b, r) each
+                counted = micro.response_mask.nonzero(as_tuple=True)  # indices of the N tokens
+                log_ratio = new_logprobs[counted] - micro.logprobs[counted]
+                ratio = torch.exp(log_ratio)  # eq. 4
+                policy_losses = policy_loss(ratio, micro.advantages[counted], cfg.clip_eps)  # eq. 5
+                trained = micro.value_mask.nonzero(as_tuple=True)  # of the values that are trained
+                value_losses = value_loss(
+                    new_values[trained], micro.values[trained], micro.returns[trained],
+                    cfg.value_clip_eps, cfg.advantage,
+                )  # eq. 6
+                loss = (
+                    (policy_losses - cfg.entropy_coef * new_entropies[counted]).sum() / num_tokens
+                    + cfg.value_coef * value_losses.sum() / num_values
+                )  # eq. 7
+                loss.backward()  # adds to the gradients
+                add_statistics(
+                    step,
+                    policy_loss=policy_losses.sum() / num_tokens,
+                    value_loss=value_losses.sum() / num_values,
+                    approx_kl=(ratio - 1 - log_ratio).sum() / num_tokens,
+                    clip_fraction=((ratio - 1).abs() > cfg.clip_eps).sum() / num_tokens,
+                    ratio=ratio.sum() / num_tokens,
+                )
+            step = harness.sum_over_processes([policy, critic], step)  # and gradients
+            step["grad_norm"] = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            step["critic_grad_norm"] = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
+            steps.append(step)  # with the norms before clipping
+            if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
+                break  # too far from pi_old: skip this step and the rest
+            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite
+                optimizer.step()
+        optimizer.zero_grad()  # frees memory for the rollout
+
+        # LOG, ADAPT     metrics; beta and learning rates of the next iteration             eq. 8
+        row = run_metrics(run, response_mask) | {"kl": kl, "kl_coef": kl_coef}
+        row |= rollout_metrics(batch, score_parts, true_rewards, rollout.finished, old_entropies)
+        row |= {"sampler_gap": sampler_gap} | update_metrics(steps)
+        run.log(row, shown=("score", "true_reward", "kl", "response_length"))
+        warn_if_unhealthy(run)
+        kl_coef = adapt_kl_coef(kl_coef, kl, cfg.kl_target, kl_step_size, cfg.kl_coef)  # eq. 8
+        schedule.step()  # both learning rates fall linearly
+        if cfg.explain and (iteration == 1 or run.is_due(cfg.eval_every)):
+            run.bar.write(explain_response(tokenizer, batch, rewards, advantages))
+        if run.is_due(cfg.eval_every):
+            samples = evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
+            log_evaluation(run, samples, baseline)
+        kept = {"kl_coef": kl_coef, "scales": scales, "baseline": baseline, "samples": samples}
+        run.save_if_due(kept)
+    run.finish()  # OUTPUT becomes a model folder
+    print_result(cfg, baseline, samples)
+
+
+# === Not the algorithm: prompts and models ========================================================
 # FORK: to use other prompt data, build rows with a "prompt" here.
 def load_prompts(cfg, tokenizer):
     """Returns (rows, held-out rows) short enough, each with its token ids as `row.prompt_ids`."""
 
     def encode(row):
-        row.unread = ()  # none: a reward function may read any key
+        row.unread = ()  # a reward function may use any key
         row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
         problem = harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty"
         yield problem or row
@@ -523,7 +662,7 @@ def load_models(cfg, tokenizer, longest, device):
     """Returns policy, ref_policy, critic and the list of scorers, on their devices.
 
     `longest` is the largest number of tokens in a sequence. Trained weights are float32, and
-    dropout is off: with different dropout masks in two passes the ratio would not be 1.
+    dropout is off (as loaded): with different masks in two passes the ratio would not be 1.
     """
     options = {"trust_remote_code": cfg.trust_remote_code}  # of all models
     if cfg.attention != "auto":
@@ -537,8 +676,8 @@ def load_models(cfg, tokenizer, longest, device):
     for spec in cfg.reward:
         scorers.append(load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options))
     critic = load_critic(cfg, scorers, policy, tokenizer, **options)
-    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # but its copies have none
-    common.check_context(policy, longest)  # has it as many positions?
+    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # after copying: the copies have none
+    common.check_context(policy, longest)  # is its context long enough?
     for model in (policy, critic):
         common.to_device(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
     frozen_device = harness.pick_device(cfg.reward_device or cfg.device, "--reward-device")
@@ -595,138 +734,7 @@ def make_optimizer(cfg, policy, critic):
     return optimizer, schedule
 
 
-# === Main loop: sections 1 to 6 in order ==========================================================
-def main(cfg):
-    cfg = check_config(cfg)  # or the embedded prompts and judge
-    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # seeds, takes --output
-    code = cfg.trust_remote_code  # may a model bring code of its own?
-    tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
-    rows, eval_rows = load_prompts(cfg, tokenizer)
-    longest = max(len(row.prompt_ids) for row in rows + eval_rows) + cfg.response_length
-    policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, longest, run.device)
-    judge = FunctionScorer(cfg.judge) if cfg.judge else None
-    optimizer, schedule = make_optimizer(cfg, policy, critic)
-    print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
-    harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
-    dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
-    # Scales and baseline belong to the initial policy: before a checkpoint's weights are restored.
-    scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
-    baseline = run.kept.get("baseline")  # its samples
-    baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
-    samples = run.kept.get("samples", baseline)  # the latest evaluation
-    kl_coef = run.kept.get("kl_coef", cfg.kl_coef)  # beta
-    horizon = cfg.kl_horizon or max(cfg.batch_size, cfg.iterations * cfg.batch_size / 12)
-    kl_step_size = cfg.batch_size / horizon  # of eq. 8
-    run.restore(tokenizer, {"policy": policy, "critic": critic}, optimizer, schedule)
-    generator = run.generator  # the loop's own: a reward function's draws change nothing
-    if not run.done:
-        log_evaluation(run, samples, baseline)
-    batches = endless_batches(rows, cfg.batch_size, cfg.samples_per_prompt, random.Random(cfg.seed))
-    for iteration, prompt_rows in run.steps(batches, cfg.iterations):
-        # 1. ROLLOUT     prompt_rows -> tokens, attention_mask (B, P+R); response_mask (B, R); texts
-        run.phase("rollout")  # the decoding loop is common.generate_responses
-        rollout = sample_responses(
-            policy, tokenizer, prompt_rows, cfg.response_length, cfg.temperature, generator
-        )
-        response_mask = rollout.response_mask  # True where a token counts
-
-        # 2. SCORE       tokens or texts -> score_parts (S, B); final_scores (B,)
-        run.phase("score")
-        score_parts = score_responses(scorers, rollout, prompt_rows)
-        final_scores = score_parts.sum(0) - cfg.missing_eos_penalty * (~rollout.finished).float()
-        true_rewards = score_responses([judge], rollout, prompt_rows) if judge else None
-
-        # 3. LOGPROBS    tokens -> logprobs, ref_logprobs, values, old_entropies (B, R)
-        run.phase("log-probabilities")
-        logprobs, ref_logprobs, values, old_entropies = evaluate_tokens(
-            policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size
-        )
-        sampler_gap = check_sampler(run, policy, rollout, logprobs)
-
-        # 4. REWARDS     final_scores, logprobs -> token_kl, rewards (B, R)                 eq. 1
-        token_kl = torch.where(response_mask, logprobs - ref_logprobs, 0.0)  # KL(pi || pi_ref)
-        kl = token_kl.sum(1).mean().item()  # nats per response
-        rewards = kl_shaped_rewards(final_scores, token_kl, response_mask, kl_coef)
-
-        # 5. ADVANTAGES  rewards, values -> advantages, returns (B, R)                      eqs. 2-3
-        if cfg.advantage == "gae":
-            advantages, returns = gae(rewards, values, response_mask, cfg.gamma, cfg.lam)
-            value_mask = response_mask
-        else:
-            advantages, returns = bandit(rewards, values, response_mask)
-            value_mask = torch.zeros_like(response_mask)
-            value_mask[:, 0] = True  # only V(x) is used, so only V(x) is trained
-        batch = Batch(
-            tokens=rollout.tokens, attention_mask=rollout.attention_mask,
-            response_mask=response_mask, value_mask=value_mask,
-            logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
-            advantages=whiten(advantages, response_mask), returns=returns,
-        )
-
-        # 6. UPDATE      batch -> updated policy and critic; only new_* carries gradient    eqs. 4-7
-        steps = []  # the statistics of each optimizer step
-        for index in minibatches(cfg.batch_size, cfg.minibatch_size, cfg.ppo_epochs, generator):
-            run.phase("backward")
-            optimizer.zero_grad()
-            num_tokens, num_values = response_mask[index].sum(), value_mask[index].sum()
-            step = {}  # {statistic: number}
-            for micro in batch.micro_batches(index, cfg.microbatch_size):  # gradients accumulate
-                new_logprobs, new_values, new_entropies = forward_responses(
-                    policy, critic, micro.tokens, micro.attention_mask,
-                    micro.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
-                )  # (b, r) each
-                at = micro.response_mask.nonzero(as_tuple=True)  # x[at]: unmasked tokens, (N,)
-                log_ratio = new_logprobs[at] - micro.logprobs[at]
-                ratio = torch.exp(log_ratio)  # eq. 4
-                policy_losses = policy_loss(ratio, micro.advantages[at], cfg.clip_eps)  # eq. 5
-                at_v = micro.value_mask.nonzero(as_tuple=True)  # where the critic is trained
-                value_losses = value_loss(
-                    new_values[at_v], micro.values[at_v], micro.returns[at_v],
-                    cfg.value_clip_eps, cfg.advantage,
-                )  # eq. 6
-                loss = (
-                    (policy_losses - cfg.entropy_coef * new_entropies[at]).sum() / num_tokens
-                    + cfg.value_coef * value_losses.sum() / num_values
-                )  # eq. 7
-                loss.backward()  # adds to the gradients
-                add_statistics(
-                    step,
-                    policy_loss=policy_losses.sum() / num_tokens,
-                    value_loss=value_losses.sum() / num_values,
-                    approx_kl=(ratio - 1 - log_ratio).sum() / num_tokens,
-                    clip_fraction=((ratio - 1).abs() > cfg.clip_eps).sum() / num_tokens,
-                    ratio=ratio.sum() / num_tokens,
-                )
-            step = harness.sum_over_processes([policy, critic], step)  # and gradients
-            step["grad_norm"] = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            step["critic_grad_norm"] = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
-            steps.append(step)  # with the norms before clipping
-            if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
-                break  # too far from pi_old: skip this step and the rest
-            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite
-                optimizer.step()
-        optimizer.zero_grad()  # frees memory for the rollout
-
-        # 7. LOG, ADAPT  metrics; beta and learning rates of the next iteration             eq. 8
-        row = run_metrics(run, response_mask) | {"kl": kl, "kl_coef": kl_coef}
-        row |= rollout_metrics(batch, score_parts, true_rewards, rollout.finished, old_entropies)
-        row |= {"sampler_gap": sampler_gap} | update_metrics(steps)
-        run.log(row, shown=("score", "true_reward", "kl", "response_length"))
-        warn_if_unhealthy(run)
-        kl_coef = adapt_kl_coef(kl_coef, kl, cfg.kl_target, kl_step_size, cfg.kl_coef)  # eq. 8
-        schedule.step()  # both learning rates fall linearly
-        if cfg.explain and (iteration == 1 or run.is_due(cfg.eval_every)):
-            run.bar.write(explain_response(tokenizer, batch, rewards, advantages))
-        if run.is_due(cfg.eval_every):
-            samples = evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
-            log_evaluation(run, samples, baseline)
-        kept = {"kl_coef": kl_coef, "scales": scales, "baseline": baseline, "samples": samples}
-        run.save_if_due(kept)
-    run.finish()  # OUTPUT becomes a model folder
-    print_result(cfg, baseline, samples)
-
-
-# === 8. Not the algorithm: held-out evaluation ====================================================
+# === Not the algorithm: held-out evaluation =======================================================
 @torch.no_grad()
 def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
     """Samples one response to each prompt, with the same seed each time.
@@ -813,7 +821,7 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
             weight.grad = torch.zeros_like(weight)
     optimizer.step()  # zero gradients change no weight
     optimizer.zero_grad()
-    run.phase("evaluation")
+    run.phase("rollout")
     longest = max(rows, key=lambda row: len(row.prompt_ids))  # prompt
     eos_ids = settings.eos_token_id
     settings.eos_token_id = []  # no response ends
@@ -822,10 +830,12 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         torch.Generator(),
     )
     settings.eos_token_id = eos_ids
-    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # most micro-batches have padding
+    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # some padding, as in most batches
+    run.phase("score")
     for scorer in scorers:
         if scorer.reads_tokens:
             scorer(rollout.tokens, rollout.attention_mask, None, None)
+    run.phase("log-probabilities")
     evaluate_tokens(policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size)
     run.phase("backward")
     part = slice(min(cfg.microbatch_size, cfg.minibatch_size))
@@ -836,7 +846,7 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         )
         (logprobs.sum() + values.sum() + entropies.sum()).backward()
     optimizer.zero_grad()
-    optimizer.state.clear()  # as if nothing had happened
+    optimizer.state.clear()  # forget the dry run
     print(f"  dry run of the longest batch: {harness.peak_memory(run.device) / 1e9:.2f} GB")
     torch.cuda.reset_peak_memory_stats(run.device)
 
@@ -849,7 +859,7 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
     token_kl = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)  # (B, R)
     returns = batch.returns[batch.value_mask]  # where the critic is trained
     errors = returns - batch.values[batch.value_mask]  # G - V_old
-    unexplained = errors.var(correction=0) / returns.var(correction=0)  # 1 if V knows nothing
+    unexplained = errors.var(correction=0) / returns.var(correction=0)  # 1 if V is constant
     return {
         "score": scores.mean().item(),  # before the EOS penalty; rises
         "score_parts": score_parts.mean(1).tolist(),  # of each --reward, in their order
@@ -869,12 +879,12 @@ def update_metrics(steps):
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
     2020, "Approximating KL divergence"). It is about one update, `kl` about the whole run. Healthy:
-    policy_loss slightly below 0, value_loss falling, approx_kl 0.001 to 0.05, clip_fraction (of all
-    ratios outside 1 +- eps) 0.01 to 0.2, norms (before clipping) steady.
+    policy_loss slightly below 0 (0 with a single step), value_loss falling, approx_kl 0.001 to
+    0.05, clip_fraction (ratios outside 1 +- eps) 0.01 to 0.2, norms (before clipping) steady.
     """
     means = {}  # {statistic: its mean over optimizer steps}
     for name in steps[0]:
-        means[name] = sum(float(step[name]) for step in steps) / len(steps)
+        means[name] = torch.stack([torch.as_tensor(step[name]) for step in steps]).mean().item()
     del means["ratio"]  # its mean after the first step says little
     return means | {
         "ratio_first": float(steps[0]["ratio"]),  # 1 up to rounding
@@ -914,7 +924,7 @@ def check_sampler(run, policy, rollout, logprobs):
     gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
-        raise UserError(f"{what}: a {type(policy).__name__} decodes otherwise than it learns")
+        raise UserError(f"{what}: a {type(policy).__name__} samples otherwise than it learns")
     if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
         causes = "a cache that rounds, MoE routing that flips; try --dtype float32"
         run.warn("sampler", f"{what}. Usual causes: {causes}")

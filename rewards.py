@@ -166,8 +166,8 @@ class TextScorer:
                 with common.autocast(self.model):
                     logits = self.model(**padded).logits[:, 0]  # (b,)
                 scores[list(part)] = ((logits.float() - mean) / std).cpu()
-        except (IndexError, ValueError, RuntimeError) as error:  # RoBERTa has fewer positions than
-            common.explain(error, f"{self.spec} can't read a text")  # its config says, ...
+        except Exception as error:  # RoBERTa has fewer positions than its config says, ...
+            common.explain(error, f"{self.spec} can't read a text")
         return common.total(scores.to(tokens.device))
 
 

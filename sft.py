@@ -113,7 +113,9 @@ def is_learned(message):
 
 def prompt_of(row):
     """Returns what rows must not share if one is trained on and the other held out."""
-    return row["messages"][:-1] if "messages" in row else row.get("prompt", row.get("text"))
+    if "prompt" not in row and "messages" in row:
+        return row["messages"][:-1]
+    return row.get("prompt", row.get("text"))
 
 
 def encode_row(row, tokenizer, eos_ids, cfg):

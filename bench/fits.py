@@ -6,7 +6,7 @@
     python bench/fits.py --table --microbatch-size 4       the rows of docs/running.md
 
 All flags of ppo.py are accepted. Its dry run, which takes the largest batch through all phases, is
-done on tensors that have a shape and a dtype but no numbers: of a model only its config is read, and
+run on tensors that have a shape and a dtype but no numbers: of a model only its config is read, so
 8 B parameters take a minute and no memory. What is alive after each operation is added up.
 
 Not counted: CUDA's context, what an operation needs within itself, and what the allocator can't

@@ -71,8 +71,10 @@ def model_config(shape):
     if shape.family == "gpt2":
         config.n_inner = shape.intermediate
     else:
-        config.attention_bias, config.intermediate_size = shape.family == "qwen2", shape.intermediate
-        config.num_key_value_heads, config.head_dim = shape.kv_heads, shape.hidden // shape.heads
+        config.attention_bias = shape.family == "qwen2"
+        config.intermediate_size = shape.intermediate
+        config.num_key_value_heads = shape.kv_heads
+        config.head_dim = shape.hidden // shape.heads
     return config
 
 
@@ -133,7 +135,8 @@ def run_ppo(shape, folder, iterations, flags):
     args = json.loads((folder / "run" / "args.json").read_text())
     rows = [row for row in rows if "split" not in row]
     for row in rows:
-        row["seconds_total"] = sum(row[f"seconds_{phase}"] for phase in ("rollout", "score", "update"))
+        parts = row["seconds_rollout"], row["seconds_score"], row["seconds_update"]
+        row["seconds_total"] = sum(parts)
     return rows, args
 
 

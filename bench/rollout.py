@@ -51,7 +51,8 @@ def main(argv):
     parser = iteration.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("auto", "float32", "bf16"), default="auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if any")
-    parser.add_argument("--end-probability", type=float, default=0.0, help="of each token, 0 to 0.9")
+    parser.add_argument("--end-probability", type=float, default=0.0, help="of each token")
+    parser.add_argument("--engines", nargs="+", default=["ours", "generate", "continuous"])
     args, shape, _ = iteration.parse(parser, argv)
     device, size = harness.pick_device(args.device), (shape.batch_size, shape.prompt_length)
     torch.manual_seed(0)
@@ -64,16 +65,16 @@ def main(argv):
     )
     paged = copy.deepcopy(model)  # generate_batch changes its attention for good
     prompts = torch.randint(2 + num_ends, shape.vocabulary, size).tolist()
-    runs, failed = {"ours": [], "generate": [], "continuous": []}, {}
-    for turn in range(args.warm_up + args.repeats):
-        for name in runs.keys() - failed:
+    runs, failed = {name: [] for name in args.engines}, {}
+    for _ in range(args.warm_up + args.repeats):
+        for name in [name for name in runs if name not in failed]:
             try:
                 engine = paged if name == "continuous" else model
                 runs[name].append(run_engine(name, engine, prompts, settings))
             except Exception as error:  # that an engine can't is a result, too
                 failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
     engines = {}
-    for name in runs.keys() - failed:
+    for name in [name for name in runs if name not in failed]:
         counted = runs[name][args.warm_up :]
         seconds = iteration.spread([seconds for seconds, _ in counted])
         rate = iteration.spread([number / seconds for seconds, number in counted])

@@ -142,7 +142,7 @@ def make_record(cfg, calls):
             "prompt_lengths": batch.attention_mask[:, :prompt_length].sum(1).tolist(),
             "ended": finished.tolist(), "kl_coef": kl_coef,
             "final_scores": [round(score, 6) for score in final_scores.tolist()],
-            "true_rewards": true_rewards[0].tolist(),
+            "true_rewards": true_rewards.tolist(),
             **{name: rows_of(x, mask) for name, x in columns.items()},
             "new_logprobs": [rows_of(outputs[0], mask) for outputs in after_epochs],
             "new_values": rows_of(after_epochs[-1][2], mask),
@@ -169,7 +169,7 @@ def record_response(calls, columns, i):
         "tokens": [harness.token_text(tokenizer, id) for id in ids],
         "special_ids": {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id},
         "score": score_parts.sum(0)[i].item(), "ended": finished[i].item(),
-        "true_reward": true_rewards[0, i].item(),
+        "true_reward": true_rewards[i].item(),
         **{name: rows_of(x[i : i + 1], mask[i : i + 1], 7)[0] for name, x in columns.items()},
         "new_logprobs": [rows_of(x[i : i + 1], mask[i : i + 1], 7)[0] for x in logprobs_after],
     }

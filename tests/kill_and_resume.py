@@ -99,7 +99,7 @@ def main(stage, num_kills, seed, at_end):
             finish(start(stage, folder, output, "--resume"))
             num_equal += contents(output) == whole and not list(output.glob("checkpoint-*"))
             shutil.rmtree(output)
-    print(f"{stage}: {num_equal} of {num_kills} equal to the run that was left alone; {dict(places)}")
+    print(f"{stage}: {num_equal} of {num_kills} equal to the run left alone; {dict(places)}")
 
 
 if __name__ == "__main__":

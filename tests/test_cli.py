@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import DEMONSTRATIONS, PREFERENCES, PROMPTS, ROOT, read_rows, tiny_lm, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 import common
 import harness
@@ -130,7 +130,8 @@ def test_flags_have_help_and_ranges_are_read_and_take_dashes_and_underscores(mod
         bad = [float(low) - 1, math.nan] if low else []
         bad += [float(high) + 1] if high not in (None, "inf") else []
         for value in bad:
-            with pytest.raises(common.UserError, match=f"{field.name.replace('_', '-')} is {value}"):
+            rule = f"{harness.flag_of(field.name)} is {value}; it must be"
+            with pytest.raises(common.UserError, match=rule):
                 dataclasses.replace(module.Config(), **{field.name: value})
 
 
@@ -188,7 +189,8 @@ def test_a_bad_reward_function_is_refused_and_says_what_it_returned(world, tmp_p
 def test_prompts_that_do_not_fit_are_counted_and_an_error_if_none_is_left(
     world, tmp_path, run_stage
 ):
-    prompts = write_rows(tmp_path / "a.jsonl", PROMPTS + [{"prompt": "A fox. " * 50}, {"prompt": ""}])
+    odd = [{"prompt": "A fox. " * 50}, {"prompt": ""}]
+    prompts = write_rows(tmp_path / "a.jsonl", PROMPTS + odd)
     flags = ppo_flags(world, tmp_path / "out", "--prompts", prompts, "--max-prompt-length", 40)
     status, out, _ = run_stage(ppo, *flags)
     assert status == 0 and f"{prompts}: 26 rows read, 24 examples used; " in out
@@ -203,8 +205,9 @@ def test_a_bad_data_file_stops_a_stage_and_leaves_an_earlier_output_alone(
 ):
     bad, output = write_rows(tmp_path / "bad.jsonl", [{"question": "a"}]), tmp_path / "out"
     output.mkdir()
-    for name, text in (("precious", "kept"), ("metrics.jsonl", "{}"), ("args.json", '{"written": []}')):
-        (output / name).write_text(text)  # as a run leaves it
+    (output / "precious").write_text("kept")
+    (output / "metrics.jsonl").write_text("{}")
+    (output / "args.json").write_text('{"written": []}')  # as a run leaves it
     flags = {"sft": ["--data", bad], "reward_model": ["--model", world / "sft", "--data", bad]}
     flags = flags.get(module.__name__) or ppo_flags(world, output, "--prompts", bad)
     result = run_stage(module, *flags, "--output", output, "--overwrite")

@@ -186,3 +186,48 @@ def test_every_numbered_equation_of_a_docstring_is_marked_where_it_is_computed(n
         for first, last in re.findall(r"(\d\w?)(?:-(\d))?", numbered):
             marked |= {str(n) for n in range(int(first[0]), int(last or first[0]) + 1)} | {first}
     assert numbers and numbers <= marked, numbers - marked
+
+
+def stage_commands():
+    """Returns (page, command) of the first pages' commands that start a stage by python."""
+    pairs = [(page, command) for page in FIRST for command in commands_of(page)]
+    scripts = tuple(f"python {name}" for name in STAGES)
+    return [(page, command) for page, command in pairs if command.startswith(scripts)]
+
+
+@pytest.mark.parametrize("page, command", stage_commands())
+def test_every_stage_command_of_the_first_pages_runs_at_reduced_size(
+    page, command, world, tmp_path, run_stage, monkeypatch
+):
+    if "--lora-rank" in command:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt").mkdir()
+    for name in ("sft", "reward_model"):
+        (tmp_path / "ckpt" / name).symlink_to(world / name)
+    stage = shlex.split(command)[1].removesuffix(".py")
+    rows = world / f"{ {'sft': 'sft', 'reward_model': 'pairs', 'ppo': 'prompts'}[stage] }.jsonl"
+    for name in ("demonstrations", "mine", "preferences", "prompts"):
+        (tmp_path / f"{name}.jsonl").symlink_to(rows)
+    [function] = re.findall(r"```python\n(# mine.py\n.*?)```", README, re.S)
+    (tmp_path / "mine.py").write_text(function + "\n\ndef log(row):\n    print(row)\n")
+    command = command.replace("examples/loggers.py:tensorboard", "mine.py:log")  # an own package
+    words = [str(world / "sft") if "Qwen" in word else word for word in shlex.split(command)[2:]]
+    if "--chat-template-kwargs" in words:
+        tokenizer = AutoTokenizer.from_pretrained(world / "sft")
+        tokenizer.chat_template = "{{ enable_thinking }}"
+        tokenizer.save_pretrained(tmp_path / "thinks")
+        for name in ("config.json", "model.safetensors", "generation_config.json"):
+            (tmp_path / "thinks" / name).symlink_to(world / "sft" / name)
+        words[words.index("--model") + 1] = "thinks"
+    data, held_out = "--data", "--eval-data"
+    if stage == "ppo":
+        data, held_out = "--prompts", "--eval-prompts"
+    if data not in words:  # the tests' rows in place of the embedded ones
+        words += [data, rows]
+    words += ["--model", world / "sft"] if stage != "ppo" and "--model" not in words else []
+    words += ["--batch-size", 8, "--device", "cpu", "--output", "ckpt/out", "--response-length", 24]
+    words += [held_out, rows]
+    words += ["--iterations", 1, "--minibatch-size", 8] if stage == "ppo" else ["--epochs", 1]
+    status, _, err = run_stage(STAGES[f"{stage}.py"], *words)
+    assert status == 0 and (tmp_path / "ckpt" / "out" / "model.safetensors").exists(), err

@@ -69,9 +69,7 @@ def logprob_differences(family, dtype="float32"):
     policy = make_lm(family)
     policy.use_bf16 = dtype == "bf16"
     tokens, attention_mask, mask, sampled = a_rollout(policy)
-    logprobs, _, _ = ppo.forward_responses(
-        policy, None, tokens, attention_mask, mask.shape[1], 0.7
-    )
+    logprobs, _, _ = ppo.forward_responses(policy, None, tokens, attention_mask, 12, 0.7)
     assert mask.sum() > 20 and logprobs[mask].std() > 0.3  # far from uniform
     kept = mask.clone()
     kept[0, 4] = kept[1, 8] = False  # that EOS was not what had been drawn
@@ -169,10 +167,8 @@ def test_junk_in_the_padding_changes_no_bit_and_a_head_reads_what_the_lm_head_re
     policy.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0]))
     weights = [*policy.parameters(), *critic.parameters()]
     for junk in (PAD, 7):
-        outputs = ppo.forward_responses(
-            policy, critic, torch.where(attention_mask, tokens, junk), attention_mask,
-            mask.shape[1], 0.7, True,
-        )
+        tokens = torch.where(attention_mask, tokens, junk)
+        outputs = ppo.forward_responses(policy, critic, tokens, attention_mask, 12, 0.7, True)
         counted = torch.stack(outputs)[:, mask] * torch.linspace(-1, 1, int(mask.sum()))
         gradients = torch.autograd.grad(counted.sum(), weights, allow_unused=True)
         results.append([counted, *(gradient for gradient in gradients if gradient is not None)])
@@ -188,7 +184,7 @@ def test_junk_in_the_padding_changes_no_bit_and_a_head_reads_what_the_lm_head_re
 @everywhere
 @torch.no_grad()
 def test_rounding_a_frozen_models_matrices_changes_no_bit_under_autocast_and_halves_them(family):
-    tokens, attention_mask, mask, _ = a_rollout(make_lm(family))
+    tokens, attention_mask, _, _ = a_rollout(make_lm(family))
     policy, scalar, results = make_lm(family), make_scalar(family), []
     size = sum(weight.nbytes for weight in policy.parameters())
     for is_trained in (True, False):
@@ -196,9 +192,7 @@ def test_rounding_a_frozen_models_matrices_changes_no_bit_under_autocast_and_hal
             common.to_device(model.requires_grad_(is_trained), CPU, "bf16")
             dtypes = {weight.dtype for weight in model.parameters()}
             assert (dtypes == {torch.float32}) == is_trained
-        outputs = ppo.forward_responses(
-            policy, None, tokens, attention_mask, mask.shape[1], 0.7, True
-        )
+        outputs = ppo.forward_responses(policy, None, tokens, attention_mask, 12, 0.7, True)
         results.append([*outputs, common.token_scores(scalar, tokens, attention_mask)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     embedding, halved = policy.get_input_embeddings().weight, 0
@@ -245,12 +239,13 @@ def test_three_stages_hand_over_with_any_special_tokens_and_reload_to_equal_numb
     ends = change_special_tokens(tokenizer, model, kind)
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / "base")
-    names, flags = {"sft": "sft", "rm": "pairs", "ppo": "prompts"}, {}
-    for name, data in names.items():
-        kind_of_data = "prompts" if name == "ppo" else "data"
-        flags[name] = ["--output", tmp_path / name, "--device", "cpu", "--lr", "1e-3"]
-        flags[name] += [f"--{kind_of_data}", world / f"{data}.jsonl"]
-        flags[name] += [f"--eval-{kind_of_data.removesuffix('x')}", world / f"{data}.jsonl"]
+    flags = {}
+    for name, kind_of_rows, rows in (
+        ("sft", "data", "sft"), ("rm", "data", "pairs"), ("ppo", "prompts", "prompts")
+    ):
+        path = world / f"{rows}.jsonl"
+        flags[name] = [f"--{kind_of_rows}", path, f"--eval-{kind_of_rows}", path]
+        flags[name] += ["--output", tmp_path / name, "--device", "cpu", "--lr", "1e-3"]
     assert run_stage(sft, *flags["sft"], "--model", tmp_path / "base", "--epochs", 1)[0] == 0
     status, out, _ = run_stage(reward_model, *flags["rm"], "--model", tmp_path / "sft")
     assert status == 0 and "scores differ by at most 0" in out

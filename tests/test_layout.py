@@ -1,4 +1,4 @@
-"""The files of the project: who may import whom, how long things are, and that nothing is unused."""
+"""The files: who may import whom, how long things are, and that nothing is unused."""
 
 import ast
 import collections

@@ -201,7 +201,7 @@ def record_the_update(monkeypatch):
     load_models = ppo.load_models
 
     def evaluate_with_noise(policy, critic, *arguments):
-        results = torch.stack(evaluate_tokens(policy, critic, *arguments))
+        results = evaluate_tokens(policy, critic, *arguments)
         if critic is not None:  # in the loop
             noise = torch.randn(results.shape, generator=torch.Generator().manual_seed(0))
             noise[0, 1, 0] = 400  # a ratio of 0; its logarithm is finite before exp

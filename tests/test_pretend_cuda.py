@@ -185,7 +185,7 @@ def test_a_run_on_cuda_that_stops_and_resumes_equals_one_that_does_not_bit_for_b
 
 # === Memory =======================================================================================
 @pytest.mark.parametrize("name", [*OOM, "sft step"])
-def test_memory_that_runs_out_is_one_line_with_the_phase_and_leaves_nothing_half_written(name, done):
+def test_memory_that_runs_out_is_one_line_and_leaves_nothing_half_written(name, done):
     files, [run] = done[0], done[1][name]
     line = run["err"].strip().splitlines()[-1]
     stage, phase = ("sft", "optimizer step") if name == "sft step" else ("ppo", name)
@@ -208,7 +208,8 @@ def test_whatever_says_that_there_is_no_memory_left_is_understood():
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate",
     ):
         assert common.is_out_of_memory(RuntimeError(text)), text
-    assert common.is_out_of_memory(torch.OutOfMemoryError("x")) and common.is_out_of_memory(MemoryError())
+    assert common.is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert common.is_out_of_memory(MemoryError())
     assert not common.is_out_of_memory(RuntimeError("shape mismatch"))
 
 

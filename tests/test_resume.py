@@ -179,7 +179,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up_unasked(
     refused(run_stage(module, *flags, "--resume", "--overwrite"), stage, "--resume", "--overwrite")
     result = run_stage(module, *flags, "--resume", "--lr", 5e-4)
     if stage == "ppo":  # the others keep no state, as they can't be extended
-        refused(result, stage, "--lr is 0.0005, but the run in", "began with 0.001")
+        refused(result, stage, "--lr is 0.0005, but the run", "began with 0.001")
     status, out, _ = run_stage(module, *flags, "--resume")  # a job that is started again is done
     assert status == 0 and "is finished" in out
     assert ("a higher --iterations continues it" in out) == (stage == "ppo")
@@ -234,10 +234,10 @@ MOMENTS = {  # {moment: (audit event, end of the path, which of them, iterations
     "before the older one goes": ("os.rename", "checkpoint-2", 1, 4),
     "older one under another name": ("shutil.rmtree", "checkpoint-2.partial", 1, 4),
     "older one half gone": ("os.remove", "config.json", 1, 4),
-    "end: before the list": ("os.rename", "args.partial", 2, 6),
+    "end: before the list": ("os.rename", "args.partial", 3, 6),
     "end: nothing copied": ("shutil.copyfile", "", 1, 6),
     "end: half copied": ("shutil.copyfile", "", 4, 6),
-    "end: before the mark": ("os.rename", "args.partial", 3, 6),
+    "end: before the mark": ("os.rename", "args.partial", 4, 6),
     "end: after the mark": ("os.rename", "checkpoint-6", 1, 6),
     "end: last one half gone": ("shutil.rmtree", "checkpoint-6.partial", 1, 6),
 }
@@ -435,7 +435,7 @@ def test_a_damaged_run_is_refused_left_as_it_is_and_nothing_in_it_is_run(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_pickles_among_the_files_that_a_stage_reads_are_never_run(stage, world, tmp_path, run_stage):
+def test_pickles_among_the_files_that_are_read_are_never_run(stage, world, tmp_path, run_stage):
     flags = flags_of(stage, world, "--output", tmp_path / "out", "--overwrite")
     extra = ("training_args.bin", "optimizer.pt", "tokenizer.pkl", "value_head.safetensors")
     for names in (extra, ["model.safetensors"], ["pytorch_model.bin"]):

@@ -96,7 +96,8 @@ def test_calibration_bins_by_size_and_promises_the_mean_probability():
 def test_it_learns_stores_the_scale_and_writes_a_classifier_that_loads(world, tmp_path, run_stage):
     status, out, _ = run_stage(
         reward_model, "--model", world / "sft", "--data", world / "pairs.jsonl", "--eval-data",
-        world / "pairs.jsonl", "--device", "cpu", "--output", tmp_path, "--epochs", 20, "--lr", 0.01,
+        world / "pairs.jsonl", "--output", tmp_path, "--epochs", 20, "--lr", 0.01, "--device",
+        "cpu",
     )
     assert status == 0 and "held-out accuracy" in out and "longer one wins" in out
     row = read_rows(tmp_path / "metrics.jsonl")[-1]

@@ -91,7 +91,8 @@ def score(prompts, responses, rows):
     calls.append(None)
     if len(calls) == 1:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert pool.map(length, responses) == [len(text) for text in responses]
+            lengths = pool.map_async(length, responses).get(timeout=60)
+            assert lengths == [len(text) for text in responses]
     if len(calls) < 5 or os.path.exists("sent"):
         return [1.0] * len(responses)
     wait = [sys.executable, "-S", "-c", "print(flush=True); import time; time.sleep(0.5)"]
@@ -107,12 +108,12 @@ def test_workers_can_import_a_function_and_a_ctrl_c_stops_the_run_but_no_program
     world, tmp_path, run_stage, monkeypatch
 ):
     """Otherwise what these programs try would count as failed, in an iteration that is saved."""
-    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "reward_with_workers.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
 
     def run():
         os.setsid()
-        flags = ppo_flags(world, "out", "--reward", "mine.py:score", "--iterations", 4)
+        flags = ppo_flags(world, "out", "--reward", "reward_with_workers.py:score", "--iterations", 4)
         status, _, err = run_stage(ppo, *flags)
         assert "to go on: " in err, err
         return [status]

@@ -85,7 +85,7 @@ def test_from_scratch_it_learns_and_writes_a_folder_that_loads_and_generates(tmp
 def test_rows_that_are_too_long_or_empty_are_dropped_and_counted_never_cut(tmp_path, capsys):
     tokenizer = tiny_model.train_tokenizer([row["completion"] for row in DEMONSTRATIONS], 320)
     cfg = sft.Config(max_prompt_length=40, response_length=40)
-    long = [{"prompt": "A.", "completion": " It" * 40}, {"prompt": "A. " * 80, "completion": " It."}]
+    long = [{"prompt": "A.", "completion": " It" * 40}, {"prompt": "A. " * 80, "completion": "."}]
     # an EOS alone is predicted by nothing, and after a prompt it is
     short = [{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]
     path = write_rows(tmp_path / "data.jsonl", DEMONSTRATIONS + long + short)

@@ -126,8 +126,11 @@ def test_a_row_with_words_that_the_template_drops_is_refused(
     template, reply, more, is_lost, sft_prints
 ):
     out = sft_prints([{"messages": chat("a fox?", reply, **more)}] * 12, template)
-    lost = "rows.jsonl line 1 has words of the assistant that the template drops"
-    assert lost in out and "so it is" in out if is_lost else "12 examples used" in out
+    if is_lost:
+        assert "rows.jsonl line 1 has words" in out and "template drops" in out
+        assert "so it is" in out
+    else:
+        assert "12 examples used" in out
 
 
 def test_keys_that_are_not_read_and_replies_to_nobody_are_counted(sft_prints):
@@ -148,12 +151,13 @@ def test_rows_of_one_prompt_are_never_in_both_parts_unless_there_is_but_one(caps
         start = f"\n\nHuman: q{i % 30}\n\nAssistant:"
         dialogues.append({"chosen": f"{start} a{i}", "rejected": f"{start} b"})
     texts = [{"text": f"t{i % 60}"} for i in range(120)]
-    for rows, module, number in ((pairs, reward_model, 6), (dialogues, reward_model, 9), (texts, sft, 12)):
+    cases = (pairs, reward_model, 6), (dialogues, reward_model, 9), (texts, sft, 12)
+    for rows, module, number in cases:
         rows = [harness.Row(row) for row in rows]
         training, held_out = harness.hold_out(rows, 512, 0, module.prompt_of)
         assert len(held_out) == number and len(training) == len(rows) - number
-        both = [{json.dumps(module.prompt_of(row)) for row in part} for part in (training, held_out)]
-        assert not both[0] & both[1]
+        known = {json.dumps(module.prompt_of(row)) for row in training}
+        assert not known & {json.dumps(module.prompt_of(row)) for row in held_out}
         assert "trained on too" not in capsys.readouterr().out
     same = [harness.Row(prompt="same", completion=f"c{i}") for i in range(50)]
     training, held_out = harness.hold_out(same, 512, 0, sft.prompt_of)
@@ -190,7 +194,8 @@ def change_code(path):
     path.write_text("def f(prompts, responses, rows): return [1.0] * len(responses)\n")
 
 
-CHANGES = {"sft/model.safetensors": ("--policy", flip_weights), "mine.py": ("--reward", change_code)}
+CHANGES = {"sft/model.safetensors": ("--policy", flip_weights)}
+CHANGES |= {"mine.py": ("--reward", change_code)}
 CHANGES |= {"sft/tokenizer.json": ("--policy", replace_fox), "prompts.jsonl": ("--", replace_fox)}
 CHANGES |= {"reward_model/model.safetensors": ("--reward", flip_weights)}
 
@@ -328,7 +333,8 @@ def test_an_update_that_goes_too_far_and_a_target_that_is_missed_are_warned_of()
     assert "--lr too high" in warnings(1, approx_kl=0.64)["overshoot"]
     assert "--kl-target" in warnings(10, kl=9.5)["target"]
     assert warnings(12, kl=9.5, kl_target=None) == {}
-    assert [*warnings(1, eos_rate=0.4)] == ["eos"] and [*warnings(1, skipped_steps=1)] == ["gradient"]
+    assert [*warnings(1, eos_rate=0.4)] == ["eos"]
+    assert [*warnings(1, skipped_steps=1)] == ["gradient"]
 
 
 @pytest.mark.parametrize("size, rate", [(0.3e6, 3e-4), (1e6, 5e-5), (5e8, 1e-5), (7e9, 3e-6)])

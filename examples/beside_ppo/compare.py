@@ -65,15 +65,8 @@ METHODS = {
     "IPO": Method(DPO, "--beta", (0.01, 0.03, 0.1, 0.3), ("--loss", "ipo")),
     "KTO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "kto")),
 }
-KNOBS = {  # of PPO, one at a time, with --methods
-    "lam": Method(PPO, "--lam", (0.9, 1.0)),
-    "epochs": Method(PPO, "--ppo-epochs", (2, 8)),
-    "minibatch": Method(PPO, "--minibatch-size", (16, 64, 128)),
-    "lr": Method(PPO, "--lr", (1e-4, 5e-4, 1e-3)),
-    "critic lr": Method(PPO, "--critic-lr", (1e-4, 1e-3, 3e-3)),
-}
 PEER = {"TRL's PPO": Method(TRL, "--kl-coef", (0.15,))}  # needs trl; the embedded world only
-ALL = METHODS | KNOBS | PEER
+ALL = METHODS | PEER
 
 
 @dataclass(frozen=True)
@@ -209,7 +202,7 @@ def prompt_rows(job, name, tokenizer):
 
 
 def measure(job):
-    """Returns means over prompts x samples, for the report and for the choice, and the run's log."""
+    """Returns means over prompts x samples, for the report and the choice, and the run's log."""
     import ppo
 
     policy = job.get("policy", job["folder"])
@@ -375,9 +368,7 @@ def compare(world, work, num_seeds, num_jobs, methods):
         "methods": compared,
         "sft": {str(seed): measured[seed] for seed in seeds},
         "best_of_n": {str(seed): best_of[seed]["best_of"] for seed in seeds},
-        "stages": {
-            str(seed): {"sft": sft[seed], "reward_model": reward_model[seed]} for seed in seeds
-        },
+        "stages": {str(s): {"sft": sft[s], "reward_model": reward_model[s]} for s in seeds},
     }
 
 
@@ -462,8 +453,9 @@ def draw(result, path):
             proxy.plot(kls, [mean_of(rows, "score") for rows in points], **style)
         furthest = list(method["runs"].values())[0]  # the smallest coefficient
         for run in furthest.values():
-            curve = [(row["kl"], row["true_reward"]) for row in run["curve"]]
-            along.plot(*zip(*curve), **style | {"ms": 3})
+            curve = run["curve"]
+            kls = [row["kl"] for row in curve]
+            along.plot(kls, [row["true_reward"] for row in curve], **style | {"ms": 3})
     sweep.set_title("true reward, by coefficient")
     along.set_title("true reward along training, smallest coefficient")
     proxy.set_title("score of the reward model, by coefficient")
@@ -488,7 +480,7 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="ckpt/beside_ppo", help="folder for all runs")
-    parser.add_argument("--output", default=str(RESULTS / "beside_ppo.json"), help="JSON; the picture too")
+    parser.add_argument("--output", default=str(RESULTS / "beside_ppo.json"), help="JSON file")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--methods", nargs="+", choices=ALL, default=list(METHODS))

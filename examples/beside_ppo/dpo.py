@@ -79,7 +79,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     eval_prompts: list[str] | None = arg(None, "for the judge (default: the held-out pairs')")
     max_prompt_length: Count = arg(512, "tokens; pairs with longer prompts are dropped and counted")
     response_length: Count = arg(512, "tokens with EOS; pairs with longer ones are dropped, too")
-    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "of the responses that the judge reads")
+    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "of responses for the judge")
 
     loss: Literal["dpo", "ipo", "kto"] = arg("dpo", "eq. 2, 3 or 4")
     beta: Positive = arg(0.1, "weight of the KL; 0.01 to 1")
