@@ -99,7 +99,7 @@ def test_an_equation_names_neither_flags_nor_a_run(stage, functions):
         assert not {"harness", "cfg", "run"} & names_in(nodes[name]).keys(), name
 
 
-def test_functions_main_and_the_loop_are_short_and_lines_fit_100_columns():
+def test_functions_main_and_the_loop_are_short_and_lines_fit_their_columns():
     for name in CORE:
         for node in definitions(SOURCES[name], ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
@@ -110,7 +110,8 @@ def test_functions_main_and_the_loop_are_short_and_lines_fit_100_columns():
     folders = [ROOT / name for name in OURS if (ROOT / name).is_dir()]
     for path in [*ROOT.glob("*.py"), *(path for each in folders for path in each.rglob("*.py"))]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            assert len(line) <= 100, f"{path} line {number}"
+            limit = 120 if path.parent.name == "tests" else 100
+            assert len(line) <= limit, f"{path} line {number}"
 
 
 def test_there_are_at_most_12_flags_for_all_stages_and_36_more_for_ppo():

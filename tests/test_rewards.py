@@ -113,7 +113,8 @@ def test_workers_can_import_a_function_and_a_ctrl_c_stops_the_run_but_no_program
 
     def run():
         os.setsid()
-        flags = ppo_flags(world, "out", "--reward", "reward_with_workers.py:score", "--iterations", 4)
+        spec = "reward_with_workers.py:score"
+        flags = ppo_flags(world, "out", "--reward", spec, "--iterations", 4)
         status, _, err = run_stage(ppo, *flags)
         assert "to go on: " in err, err
         return [status]
