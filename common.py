@@ -9,7 +9,6 @@ import copy
 import functools
 import inspect
 import json
-import math
 import os
 import re
 
@@ -31,9 +30,8 @@ class UserError(Exception):
 
 def is_out_of_memory(error):
     """Returns whether a GPU, one of its libraries or the machine has no memory left."""
-    texts = "out of memory|ALLOC_FAILED|allocate memory"
     is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return is_one or re.search(texts, str(error)) is not None
+    return is_one or bool(re.search("out of memory|ALLOC_FAILED|allocate memory", str(error)))
 
 
 def explain(error, what):
@@ -46,24 +44,22 @@ def explain(error, what):
 
 # === Precision ====================================================================================
 def to_device(model, device, dtype, gradient_checkpointing=False, compile=False):
-    """Moves a model to its device and gives it the precision of --dtype (see `autocast`).
+    """Moves a model to its device, gives it the precision of --dtype, and checks a trained one.
 
-    Trained weights stay float32: an Adam step moves a weight by about the learning rate, and at
-    3e-6 that is far below half the spacing of bf16 numbers near 0.02, so most steps would round to
-    nothing. Frozen matrices become bf16, as autocast would round them at each use anyway: half the
-    memory, the same outputs. Embeddings, norms and score heads stay float32.
+    Trained weights stay float32: an Adam step of 3e-6 is far below half the spacing of bf16 numbers
+    near 0.02 and would round to nothing. Frozen matrices become bf16, as autocast would round them
+    anyway: half the memory, the same outputs. Embeddings, norms and score heads stay float32.
     """
     if isinstance(model, torch.nn.Linear):  # a value head
         model.to(device)
         return
     use_bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
     model.use_bf16 = model.base_model.use_bf16 = use_bf16
-    score_head = getattr(getattr(model, "score", None), "weight", None)
-    kept = {model.get_input_embeddings().weight, score_head}  # the LM head may be tied
-    for module in model.modules():
-        is_matrix = isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in kept
-        if use_bf16 and is_matrix and not module.weight.requires_grad:
-            module.to(torch.bfloat16)
+    embedding = model.get_input_embeddings().weight  # an LM head may be tied to it
+    for name, module in model.named_modules():
+        if use_bf16 and isinstance(module, (torch.nn.Linear, Conv1D)) and name != "score":
+            if not module.weight.requires_grad and module.weight is not embedding:
+                module.to(torch.bfloat16)
     model.to(device)
     if any(weight.requires_grad for weight in model.parameters()):
         if gradient_checkpointing:
@@ -76,18 +72,14 @@ def to_device(model, device, dtype, gradient_checkpointing=False, compile=False)
 
 
 def autocast(model):
-    """Returns a context with the model's precision: matrix products in bf16, or all in float32.
-
-    `use_bf16` is set by `to_device` and read here and by ppo.py's check of the sampler.
-    """
+    """Returns a context with the precision that `to_device` has set, else float32."""
     use_bf16 = getattr(model, "use_bf16", False)
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=use_bf16)
 
 
 def forward(model, tokens, attention_mask, **options):
-    """Returns the model's output for tokens (B, T), with positions that skip the padding.
-
-    Left to itself, a model counts the padding on the left, too, and reads another text.
+    """Returns the model's output for tokens (B, T), with positions that skip the padding: left to
+    itself, a model counts it on the left, too, and reads another text.
     """
     with autocast(model):
         return model(
@@ -98,28 +90,22 @@ def forward(model, tokens, attention_mask, **options):
 
 @torch.no_grad()
 def check_model(model):
-    """Raises UserError if something that all stages rely on does not hold for this model.
-
-    Two forward passes give the same numbers (else they are two policies). A row's numbers depend
-    neither on the padding beside it nor on later tokens. A causal LM can be sampled from.
+    """Raises UserError unless two forward passes give the same numbers, a row's numbers depend
+    neither on the padding beside it nor on later tokens, and a causal LM can be sampled from.
     """
-    is_scalar = has_token_head(model)
     name = f"a {type(model).__name__}"
+    is_scalar = has_token_head(model)
     trunk = model.base_model if is_scalar else model
+    key = "last_hidden_state" if is_scalar else "logits"
     tokens = torch.arange(3, 67, device=model.device).view(2, 32)
     tokens %= model.get_input_embeddings().num_embeddings
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[1, :9] = False  # not the pad token stands there, whose embedding may be 0
-
-    def read(rows, columns):
-        output = forward(trunk, tokens[rows, columns], mask[rows, columns])
-        return (output.last_hidden_state if is_scalar else output.logits).float()
-
     try:
-        whole = read(slice(2), slice(32))
-        again = read(slice(2), slice(32))
-        alone = read(slice(1, 2), slice(9, 32))
-        beginning = read(slice(1), slice(20))
+        whole = forward(trunk, tokens, mask)[key].float()
+        again = forward(trunk, tokens, mask)[key].float()
+        alone = forward(trunk, tokens[1:, 9:], mask[1:, 9:])[key].float()
+        beginning = forward(trunk, tokens[:1, :20], mask[:1, :20])[key].float()
         if not is_scalar:
             generate_responses(model, tokens, mask, 2, 1.0, torch.Generator())
     except Exception as error:  # each family has its own
@@ -153,10 +139,8 @@ def total(tensor):
 
 # === Padding and batches ==========================================================================
 def pad(sequences, pad_id, side):
-    """Returns lists of token ids as tokens (B, T) int64 and attention_mask (B, T) bool.
-
-    `side` is 'left' or 'right'. Either is right if mask and position ids follow it. Prompts are
-    padded on the left, so that all responses start in the same column.
+    """Returns lists of token ids as tokens (B, T) int64 and attention_mask (B, T) bool. Padding on
+    the 'left' lets all responses start in one column; with mask and positions, no side is wrong.
     """
     rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
     ones = [torch.ones(len(ids), dtype=torch.bool) for ids in sequences]
@@ -175,10 +159,10 @@ def last_token_index(attention_mask):
 
 
 def epochs_by_length(lengths, batch_size, generator):
-    """Yields batches of row indices for ever, each of rows with similar lengths, in random order.
+    """Yields batches of row indices for ever, each of rows with similar lengths (little padding).
 
-    Similar lengths need little padding. Sorting all rows would make the same batches in every
-    epoch, so rows are shuffled first and then sorted within windows of 32 batches.
+    Sorting all rows would make the same batches in every epoch. So rows are shuffled, then sorted
+    within windows of 32 batches.
     """
     while True:
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -191,27 +175,21 @@ def epochs_by_length(lengths, batch_size, generator):
 
 
 def parts_by_length(attention_mask, index, size):
-    """Yields micro-batches: (row indices (b,), slice of the columns that they need).
-
-    The rows `index` (int64, on the CPU) of attention_mask (B, T) are sorted by length and cut into
-    parts of up to `size`. The slice leaves out columns that are padding in all of a part's rows.
-    Under torchrun each process gets its share of the rows.
+    """Yields micro-batches of up to `size` of the rows `index` (int64, on the CPU), in order of
+    length: (row indices (b,), slice of the columns of attention_mask (B, T) that are not padding in
+    all of them). Under torchrun each process gets its share of the rows.
     """
-    device = attention_mask.device
-    attention_mask = attention_mask.cpu()
-    by_length = attention_mask[index].sum(1).argsort(stable=True)
-    rows = share(index[by_length])
+    mask = attention_mask.cpu()
+    rows = share(index[mask[index].sum(1).argsort(stable=True)])
     for part in rows.split(size) if len(rows) else ():
-        attended = attention_mask[part].any(0).nonzero()[:, 0]
-        yield part.to(device), slice(attended[0].item(), attended[-1].item() + 1)
+        attended = mask[part].any(0).nonzero()[:, 0]
+        yield part.to(attention_mask.device), slice(attended[0].item(), attended[-1].item() + 1)
 
 
 # === Tokenizers ===================================================================================
 def load_tokenizer(path, made_by=None, trust_remote_code=False, chat_template_kwargs=None):
-    """Returns the tokenizer of a folder or hub id, with an EOS token and another pad token.
-
-    pad = EOS harms only code that finds the end of a text by asking "is this pad?". Nothing here
-    does, but transformers' sequence classification does: it would read the token before the EOS.
+    """Returns the tokenizer of a folder or hub id, with an EOS token and another pad token: with
+    pad = EOS, transformers' sequence classification would read the token before the EOS.
     """
     tokenizer = load(AutoTokenizer, path, made_by, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -231,7 +209,7 @@ def set_template_arguments(tokenizer, text):
     """
     flag = f"--chat-template-kwargs {text}"
     templates = tokenizer.chat_template or ""
-    templates = dict(templates) if isinstance(templates, dict) else {"": templates}
+    templates = templates if isinstance(templates, dict) else {"": templates}
     try:
         arguments = json.loads(text).items()
     except (ValueError, AttributeError) as error:
@@ -247,7 +225,6 @@ def set_template_arguments(tokenizer, text):
 
 
 notes = collections.Counter()  # {what `encode` met that should be known: number of examples}
-ANCHORS = ("", "\n", ".", "a", "0", "Z", "-")  # texts whose tokens may not merge with a response's
 
 
 def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=False):
@@ -260,15 +237,12 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
         tools: JSON schemas for the template of a chat.
         may_drop: whether the template may leave out words of the response, thoughts for example.
 
-    Prompt and response are tokenized together, and the response's ids are those after the prompt's.
-    They end with one EOS, where the policy's own response would end. A string begins as this
-    tokenizer begins every text (BOS, or GLM's two tokens); a chat template writes BOS itself.
-
-    Raises ValueError if there is no template, if it does not accept the chat or drops words.
+    Prompt and response are tokenized together. A response ends with one EOS, where the policy's own
+    would. A string begins as the tokenizer begins every text (BOS, or GLM's two tokens); a chat
+    template writes BOS itself. Raises ValueError if a chat does not fit it or it drops words.
     """
+    opening, text = prompt, response
     before = []
-    opening = prompt
-    text = response
     if not isinstance(prompt, str):
         opening, text = render_response(tokenizer, prompt, response, tools, may_drop)
     elif response is not None and not isinstance(response, str):
@@ -279,20 +253,22 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
     if tools and (isinstance(prompt, str) or "tools" not in str(tokenizer.chat_template)):
         notes["with tools that nothing renders"] += 1
     prompt_ids = token_ids(tokenizer, opening)
-    prompt_ids = prompt_ids if prompt_ids[: len(before)] == before else before + prompt_ids
+    if prompt_ids[: len(before)] != before:
+        prompt_ids = before + prompt_ids
     if response is None:
         return prompt_ids, []
     reply = ids_after(tokenizer, opening, text)
-    ends = {tokenizer.eos_token_id, *eos_ids} - {None}
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = {*eos, *eos_ids}
     last = len(reply)  # one past the last word: what follows is EOS and white space
-    while last > 0 and (reply[last - 1] in ends or is_blank(tokenizer, reply[last - 1])):
+    while last and (reply[last - 1] in ends or is_blank(tokenizer, reply[last - 1])):
         last -= 1
     if last == 0:
         notes["with an empty response, of which only the EOS is left"] += 1
     for i in range(last, len(reply)):
         if reply[i] in ends:
             return prompt_ids, reply[: i + 1]
-    return prompt_ids, reply + [id for id in [tokenizer.eos_token_id] if id is not None]
+    return prompt_ids, reply + eos
 
 
 @functools.cache
@@ -314,23 +290,21 @@ def token_ids(tokenizer, text):  # without special tokens
 
 
 def ids_after(tokenizer, opening, text):
-    """Returns the ids of `text` after `opening`.
-
-    Where a token of both together would cross the border, `text` is tokenized after an anchor that
-    keeps its tokens apart (alone it might get a space in front), such that prompt and response
-    still decode to the same text.
+    """Returns the ids of `text` after `opening`. Where a token of both would cross the border,
+    `text` is tokenized after an anchor that keeps its tokens apart (alone it might get a space in
+    front), such that prompt and response still decode to the same text.
     """
     first, both = token_ids(tokenizer, opening), token_ids(tokenizer, opening + text)
     if both[: len(first)] == first:
         return both[len(first) :]
     notes["with a token across the border of prompt and response, tokenized apart"] += 1
     wanted = tokenizer.decode(both, clean_up_tokenization_spaces=False)
-    for anchor in ANCHORS:
+    for anchor in ("", "\n", ".", "a", "0", "Z", "-"):
         alone, rest = token_ids(tokenizer, anchor), token_ids(tokenizer, anchor + text)
         ids = rest[len(alone) :]
-        is_same = tokenizer.decode(first + ids, clean_up_tokenization_spaces=False) == wanted
-        if rest[: len(alone)] == alone and is_same:
-            return ids
+        if rest[: len(alone)] == alone:
+            if tokenizer.decode(first + ids, clean_up_tokenization_spaces=False) == wanted:
+                return ids
     notes["that do not give their text where prompt and response meet"] += 1
     return token_ids(tokenizer, text)
 
@@ -375,15 +349,13 @@ def render_response(tokenizer, prompt, response, tools, may_drop):
 
 
 def lost_words(text, message):
-    """Returns a part of a message that its rendered text lacks, or "". Tags and white space are the
-    template's own to write.
-    """
-    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+    """Returns a part of a message that its rendered text lacks, but for tags and spaces, or ""."""
     parts = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking", "content")]
-    parts += [call.get("name") for call in calls]
-    for call in calls:
+    for call in message.get("tool_calls") or []:
+        call = call.get("function", call)
         arguments = call.get("arguments") or {}
         values = arguments.values() if isinstance(arguments, dict) else [arguments]
+        parts.append(call.get("name"))
         parts += [str(value) for value in values if type(value) in (str, int, float)]
     tags = r"</?\w+>|\[/?[A-Z]+\]|\s"
     rendered = re.sub(tags, "", text)
@@ -402,19 +374,18 @@ def eos_token_ids(tokenizer, model):
 
 # === Models =======================================================================================
 def load(auto_class, path, made_by=None, **options):
-    """Returns auto_class.from_pretrained(path), or raises UserError with what would help.
-
-    Pickled weights are never read. `made_by` is the command that makes `path`.
+    """Returns auto_class.from_pretrained(path), of an adapter's folder that of its base model, or
+    raises UserError with what would help. `made_by` is the command that makes `path`.
     """
-    hint = f"; make it with: {made_by}" if made_by else ""
     if not os.path.isdir(path):
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
         if not is_hub_id or made_by and path.startswith("ckpt/"):
+            hint = f"; make it with: {made_by}" if made_by else ""
             raise UserError(f"there is no folder {path!r}{hint}")
         if auto_class is AutoTokenizer:
             print(f"  {path} is no folder here: looking for it on the Hugging Face hub", flush=True)
     base = adapter_base(path)
-    if base and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+    if base and not (auto_class is AutoTokenizer and "tokenizer_config.json" in os.listdir(path)):
         return load(auto_class, base, made_by, **options)
     try:
         return auto_class.from_pretrained(path, **options)
@@ -427,43 +398,34 @@ def load(auto_class, path, made_by=None, **options):
 
 
 def load_config(path, made_by, options):
-    """Returns a model's config with dropout off and with outputs as the code here expects them.
-
-    Two forward passes with two dropout masks would be two policies. Models are in evaluation mode
-    anyway, but for layers with gradient checkpointing, which must be in train mode.
+    """Returns a model's config with dropout off (two masks would be two policies, and layers with
+    gradient checkpointing are in train mode) and with outputs as the code here expects them.
     """
-    base = adapter_base(path)
-    if base:
-        return load_config(base, made_by, options)
-    config = load(AutoConfig, path, made_by, **options)
-    configs = [config]
-    for each in configs:  # the list grows by nested configs
-        configs += [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]
-        each.return_dict = True
-        for name, value in list(vars(each).items()):
+    configs = [load(AutoConfig, path, made_by, **options)]
+    for config in configs:  # the list grows by nested configs
+        configs += [each for each in vars(config).values() if isinstance(each, PreTrainedConfig)]
+        config.return_dict = True
+        for name, value in list(vars(config).items()):
             if "drop" in name and type(value) in (int, float):
-                setattr(each, name, type(value)(0))
+                setattr(config, name, type(value)(0))
             elif name in ("output_router_logits", "output_attentions", "output_hidden_states"):
-                setattr(each, name, False)
-    return config
+                setattr(config, name, False)
+    return configs[0]
 
 
 def load_model(auto_class, path, made_by, config, **options):
-    """Returns (model in float32 and evaluation mode, names of the weights that `path` lacks).
-
-    The dtype is always passed: transformers 5 otherwise takes the checkpoint's, often bf16.
-    """
+    """Returns (model in float32 and evaluation mode, names of the weights that `path` lacks)."""
     base = adapter_base(path)
     if base:
         model, missing = load_model(auto_class, base, made_by, config, **options)
         return model, sorted({*missing} - merge_adapter(model, path))
+    # The dtype is passed, as transformers 5 otherwise takes the checkpoint's, often bf16.
     options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
     model, info = load(auto_class, path, made_by, output_loading_info=True, **options)
     layers = [name for name in info["unexpected_keys"] if re.search(r"\.\d+\.", name)]
     if layers:  # other parts, like a head, are left out on purpose
         print(f"  {path} has weights that its config has no place for: {len(layers)}, {layers[0]}")
-    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    return model.eval(), sorted(missing)
+    return model.eval(), sorted(info["missing_keys"])  # one of another shape is an error
 
 
 def load_causal_lm(path, tokenizer, made_by=None, **options):
@@ -481,10 +443,8 @@ def load_causal_lm(path, tokenizer, made_by=None, **options):
 
 
 def set_generation_defaults(model, tokenizer, temperature=1.0):
-    """Replaces the generation settings stored with a model (top-k 50, ...) by plain sampling.
-
-    `generate` takes from them whatever its caller leaves open, and a saved folder then samples from
-    the very distribution that was trained.
+    """Replaces the generation settings stored with a model (top-k 50, ...), which `generate` reads,
+    by plain sampling: a saved folder then samples from the very distribution that was trained.
     """
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
@@ -496,9 +456,8 @@ def set_generation_defaults(model, tokenizer, temperature=1.0):
 
 
 def load_classifier(path, made_by=None, **options):
-    """Returns (sequence classifier with one label, names of the weights that `path` lacks).
-
-    A family without such a class in transformers gets one, made of transformers' own parts.
+    """Returns (sequence classifier with one label, names of the weights that `path` lacks). Where
+    transformers has no such class for a family, it is made of transformers' own parts.
     """
     config = load_config(path, made_by, options)
     if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
@@ -521,15 +480,14 @@ def load_classifier(path, made_by=None, **options):
 
 def load_scalar_model(path, tokenizer, made_by=None, **options):
     """Returns (a decoder that scores each token, in float32, without dropout; is its head new?).
-
-    From the folder of a causal LM it is that trunk with a new, untrained head.
+    From the folder of a causal LM it is that trunk with an untrained head.
     """
     model, missing = load_classifier(path, made_by, **options)
     if not has_token_head(model):
         raise UserError(f"{path} is a {type(model).__name__}; only decoders with a head are read")
-    lost = [name for name in missing if not name.startswith("score.")]
-    if lost:
-        raise UserError(f"{path} is incomplete: it has no {lost[0]}")
+    for name in missing:
+        if not name.startswith("score."):
+            raise UserError(f"{path} is incomplete: it has no {name}")
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     try:  # the ids that end a causal LM's texts may stand only there
@@ -564,9 +522,8 @@ def check_context(model, length, flags="--max-prompt-length or --response-length
     if rope.get("rope_type") == "longrope":  # above this, one long row changes all rows beside it
         limit = rope.get("original_max_position_embeddings", limit)
     if 0 < limit < length:
-        name = model.name_or_path or type(model).__name__
-        what = f"{length} tokens do not fit the {limit} positions of {name}"
-        raise UserError(f"{what}; lower {flags}")
+        what = f"{length} tokens do not fit the {limit} positions of"
+        raise UserError(f"{what} {model.name_or_path or type(model).__name__}; lower {flags}")
 
 
 # === Adapters: --lora-rank, and folders that peft has saved =======================================
@@ -588,21 +545,18 @@ def adapter_base(path):
 
 
 def merge_adapter(model, path):
-    """Adds the adapter in a folder of peft's to the model's weights, in place. Returns the names of
-    what the folder holds.
-    """
+    """Adds the adapter in a folder to the model's weights, in place. Returns the names it holds."""
     try:
         import peft
 
         held = {*safetensors.torch.load_file(os.path.join(path, "adapter_model.safetensors"))}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        for name, module in model.named_modules():
-            is_tied = head is not None and head.weight is embedding.weight
-            if is_tied and module in (head, embedding) and any(f".{name}." in key for key in held):
-                raise ValueError("it changes an embedding that is tied to the LM head")
         config = peft.PeftConfig.from_pretrained(path)
         config.task_type = None  # its class would call a causal LM's methods of a scalar model
         adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
+        is_same = (head, embedding) == (model.get_output_embeddings(), model.get_input_embeddings())
+        if head is not None and head.weight is embedding.weight and not is_same:
+            raise ValueError("it changes an embedding that is tied to the LM head")
         known = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
         odd = [name for name in known ^ held if ".base_layer." not in name]  # an adapted embedding
         if odd:
@@ -626,16 +580,12 @@ def shared_copy(model, lora_rank):
 def share_trunk(model, other):
     """Lets a scalar model use the weights of the causal LM that it was made from."""
     weights = dict(other.base_model.named_parameters())
-    for name, weight in list(model.base_model.named_parameters(remove_duplicate=False)):
-        if name in weights and weight.shape == weights[name].shape:
-            parent, _, last = name.rpartition(".")
-            setattr(model.base_model.get_submodule(parent), last, weights[name])
+    model.base_model.load_state_dict(weights, strict=False, assign=True)
 
 
 def add_adapters(model, lora_rank, base):
-    """Puts a LoRA adapter on every linear layer but the score head and the LM head, which may be
-    tied to the embedding. Only adapters and score head are trained then. Without a rank the model
-    stays as it is. `base` is where the model came from.
+    """Puts LoRA adapters on all linear layers but the score head and the LM head (it may be tied).
+    Only they and the score head are trained then. `base` is where the model came from.
     """
     if lora_rank is None:
         return
@@ -654,40 +604,25 @@ def add_adapters(model, lora_rank, base):
         peft.inject_adapter_in_model(config, model)
     except Exception as error:  # peft has many kinds
         explain(error, f"--lora-rank: a {type(model).__name__} can't be adapted")
+    config.inference_mode = True  # as peft writes it
     if is_scalar:
         model.score.requires_grad_(True)
         config.modules_to_save = ["score"]
-    config.inference_mode = True  # as peft writes it
-
-
-@torch.no_grad()
-def merged_state(model):
-    """Returns the state dict of a model with adapters as of one without: W + 2 B A, in float32."""
-    state = {}
-    for key, weight in model.state_dict().items():
-        name = key.removesuffix(".base_layer.weight")
-        if name != key:
-            weight = weight.float() + model.get_submodule(name).get_delta_weight("default")
-        if ".lora_" not in key:
-            weight = weight.float() if weight.dtype == torch.bfloat16 else weight
-            state[key.replace(".base_layer.", ".")] = weight.cpu()
-    return state
 
 
 def merge_adapters(model):
     """Adds trained adapters to the weights, in place; bf16 weights get the sum rounded to bf16."""
-    state = merged_state(model)
     for name, module in list(model.named_modules()):
         if hasattr(module, "get_delta_weight"):
-            base = module.get_base_layer()
-            base.weight.data.copy_(state[f"{name}.weight"])
-            model.set_submodule(name, base)
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
     vars(model).pop("peft_config", None)
 
 
+@torch.no_grad()
 def save_model(model, folder):
-    """Saves a model as a Hugging Face folder: adapters merged, and once more in `adapter/`, in
-    peft's format. A value head is saved as value_head.safetensors.
+    """Saves a model as a Hugging Face folder: adapters merged in float32, W + 2 B A, and once more
+    in `adapter/`, in peft's format. A value head is saved as value_head.safetensors.
     """
     if isinstance(model, torch.nn.Linear):
         folder.mkdir(parents=True, exist_ok=True)
@@ -695,14 +630,22 @@ def save_model(model, folder):
     elif not hasattr(model, "peft_config"):
         model.save_pretrained(folder)
     else:
-        model.save_pretrained(folder, state_dict=merged_state(model))
+        merged = {}
+        for name, weight in model.state_dict().items():
+            layer = name.removesuffix(".base_layer.weight")
+            weight = weight.float() if weight.dtype == torch.bfloat16 else weight
+            if layer != name:
+                weight = weight + model.get_submodule(layer).get_delta_weight("default")
+            if ".lora_" not in name:
+                merged[name.replace(".base_layer.", ".")] = weight.cpu()
+        model.save_pretrained(folder, state_dict=merged)
         model.peft_config["default"].save_pretrained(folder / "adapter")
-        weights = {}
+        adapter = {}
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                weights[f"base_model.model.{name.replace('.default.', '.')}"] = weight.contiguous()
+                adapter[f"base_model.model.{name.replace('.default.', '.')}"] = weight.contiguous()
         file = folder / "adapter" / "adapter_model.safetensors"
-        safetensors.torch.save_file(weights, file, {"format": "pt"})
+        safetensors.torch.save_file(adapter, file, {"format": "pt"})
 
 
 # === Scores of a scalar model =====================================================================
@@ -712,9 +655,8 @@ def score_scale(config):
 
 
 def token_scores(model, tokens, attention_mask):
-    """Returns the scalar model's output at each token, (B, T) float32: of the text up to there.
-
-    Normalized by `score_scale`: reference completions have mean 0 and standard deviation 1.
+    """Returns the scalar model's score of the text up to each token, (B, T) float32, normalized by
+    `score_scale`: reference completions have mean 0 and standard deviation 1.
     """
     hidden = forward(model.base_model, tokens, attention_mask).last_hidden_state  # (B, T, width)
     scores = model.score(hidden.float()).squeeze(-1)  # in float32: bf16 keeps 3 digits of a score
@@ -723,9 +665,8 @@ def token_scores(model, tokens, attention_mask):
 
 
 def text_scores(model, tokens, attention_mask):
-    """Returns the score of each whole text, (B,) float32: the one at its last attended token.
-
-    That is normally the EOS: only there has a causal model read everything.
+    """Returns the score of each whole text, (B,) float32: the one at its last attended token,
+    normally the EOS, since only there has a causal model read everything.
     """
     last_index = last_token_index(attention_mask)[:, None]  # (B, 1)
     return token_scores(model, tokens, attention_mask).gather(1, last_index).squeeze(1)
@@ -735,9 +676,7 @@ def text_scores(model, tokens, attention_mask):
 def first_above(weights, uniform):
     """Returns an index per row of weights (b, n), drawn in proportion to them by inversion: the
     first whose running sum exceeds uniform / 2^31 of the total. uniform (b,) int64 is below 2^31.
-
-    The running sum is one of integers, exact in whatever order a GPU adds. In float32 it would lose
-    small weights beside large ones, and not every GPU has float64.
+    Sums of integers are exact in any order; float32 would lose small weights beside large ones.
     """
     shares = weights / weights.sum(-1, keepdim=True)
     summed = (shares * 2**31).long().cumsum(-1)  # (b, n)
@@ -755,7 +694,7 @@ def sample_tokens(logits, temperature, uniform):
     vocabulary (torch.multinomial draws a random number per id). Rows with inf or nan give nan.
     """
     num_ids = logits.shape[1]
-    logits = F.pad(logits, (0, -num_ids % 128), value=-math.inf)
+    logits = F.pad(logits, (0, -num_ids % 128), value=-torch.inf)
     probabilities = (logits.float() / temperature).softmax(-1)
     blocks = probabilities.unflatten(1, (-1, 128))  # (b, blocks, 128)
     block = first_above(blocks.sum(-1), uniform[:, 0])
@@ -765,10 +704,8 @@ def sample_tokens(logits, temperature, uniform):
 
 
 class GrowingCache(DynamicCache):
-    """The key-value cache, with keys in the dtype of the values.
-
-    Under autocast the rotary embedding leaves keys in float32, though attention reads them in bf16:
-    they would be cast and moved again for each token.
+    """The key-value cache, with keys in the dtype of the values: autocast leaves rotated ones in
+    float32, and they would be cast and moved again for each token.
     """
 
     def update(self, keys, values, *args, **kwargs):

@@ -26,11 +26,9 @@ import signal
 import sys
 import textwrap
 import time
-import typing
 import warnings
 import zlib
-from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import filelock
 import huggingface_hub
@@ -68,7 +66,7 @@ def arg(default, help):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The flags that all stages share. A stage's Config adds its own."""
 
@@ -87,45 +85,42 @@ class RunConfig:
 
     def __post_init__(self):
         """Raises UserError on the first flag outside its Range."""
-        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            for part in (kind, *typing.get_args(kind)):  # in `Count | None` it is a part
+            for part in (kind, *get_args(kind)):  # in `Count | None` it is a part
                 limits = getattr(part, "__metadata__", [None])[0]
                 if limits and value is not None and not limits.low <= value <= limits.high:
                     rule = f"from {limits.low:g} to {limits.high:g}"
-                    rule = f"at least {limits.low:g}" if limits.high > 1e8 else rule
                     raise UserError(f"{flag_of(name)} is {value}; it must be {rule}")
 
 
-def flag_of(name):
-    """Returns --max-grad-norm for max_grad_norm."""
+def flag_of(name):  # --max-grad-norm for max_grad_norm
     return "--" + name.replace("_", "-")
 
 
 def parse_args(config_class, description, argv=None):
-    """Returns the command line as a `config_class`; a UserError for what does not fit it.
-
-    With --resume, flags that are not given keep the value that the run began with.
+    """Returns the command line as a `config_class`; a UserError for what does not fit it. With
+    --resume, flags that are not given keep the value that the run began with.
     """
     given = sys.argv[1:] if argv is None else argv
     parser = transformers.HfArgumentParser(
         config_class, description=description, usage="%(prog)s [flags]", allow_abbrev=False,
         exit_on_error=False,
     )
-    fields = {flag_of(field.name): field for field in dataclasses.fields(config_class)}
     words = [word.split("=")[0].replace("_", "-") for word in given]
-    for flag, field in fields.items():
+    for field in dataclasses.fields(config_class):
+        flag = flag_of(field.name)
         if "list" in str(field.type) and words.count(flag) > 1:  # the first would be lost
             raise UserError(f"{flag} is given twice; give all values at once: {flag} A B")
     try:
         namespace, unknown = parser.parse_known_args(given)
         if getattr(namespace, "resume", False):
             saved = read_args(namespace.output)
-            names = {field.name for field in fields.values()}
-            if saved.keys() - names - {"written", "finished"}:
+            for name in ("written", "finished", "output", "resume", "overwrite"):
+                saved.pop(name, None)
+            if saved.keys() - vars(namespace).keys():
                 raise UserError(f"{namespace.output} holds a run of another stage or version")
-            names -= {"output", "resume", "overwrite"}
-            parser.set_defaults(**{name: saved[name] for name in names & saved.keys()})
+            parser.set_defaults(**saved)
             namespace, unknown = parser.parse_known_args(given)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
@@ -135,22 +130,19 @@ def parse_args(config_class, description, argv=None):
 
 
 def lr_by_size(lr, table, model):
-    """Returns `lr` if given, else the rate in `table`, ((parameters below, rate), ...).
-
-    LoRA adapters get ten times the rate of the weights they adapt, up to 1e-3: above that, PPO's
-    first update may ruin the policy.
+    """Returns `lr` if given, else the rate in `table`, ((parameters below, rate), ...). LoRA gets
+    ten times that of the weights it adapts, up to 1e-3: more may ruin the policy in one update.
     """
-    size = sum(weight.numel() for weight in model.parameters())
-    frozen = size - sum(weight.numel() for weight in trainable(model))
-    has_adapters = 0 < frozen < size
-    size = frozen if has_adapters else size
+    if lr is not None:
+        return lr
+    weights = list(model.parameters())
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    size = sum(weight.numel() for weight in frozen or weights)
     rate = next(rate for limit, rate in table if size < limit)
-    rate = min(10 * rate, 1e-3) if has_adapters else rate
-    return rate if lr is None else lr
+    return min(10 * rate, 1e-3) if frozen else rate
 
 
-def trainable(model):
-    """Returns the weights that are trained: all of them, or with --lora-rank the adapters."""
+def trainable(model):  # all weights, or with --lora-rank the adapters
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
@@ -221,8 +213,7 @@ def read_rows(paths, formats):
                         rows.append(parse_row(line, formats))
                         rows[-1].path, rows[-1].line = path, number
         except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"can't read {path}: {reason}") from None
+            raise UserError(f"can't read {path}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} {error}; {hint}") from None
         if len(rows) == num_before:
@@ -296,22 +287,17 @@ def report_overlap(rows, held_out, prompt_of):
 
 def convert(rows, encode, name=None):
     """Returns the examples that `encode` makes of all rows; prints how many, and why not more.
-
-    `encode(row)` yields examples, or a string: why one is dropped. Its ValueError, worded to follow
-    the row's place, becomes a UserError.
+    `encode(row)` yields examples, or a string: why one is dropped. Its ValueError follows a place.
     """
-    examples = []
-    dropped = collections.Counter()
+    made = []
     common.notes.clear()
     for row in tqdm(rows, desc="tokenize", delay=2, leave=False):
         try:
-            for example in encode(row):
-                if isinstance(example, str):
-                    dropped[example] += 1
-                else:
-                    examples.append(example)
+            made += encode(row)
         except ValueError as error:
             raise UserError(f"{row.path} line {row.line} {error}") from error
+    examples = [example for example in made if not isinstance(example, str)]
+    dropped = collections.Counter(reason for reason in made if isinstance(reason, str))
     name = name or " ".join(dict.fromkeys(row.path for row in rows))
     notes = "".join(f"; {number} dropped ({reason})" for reason, number in dropped.items())
     if not examples:
@@ -329,15 +315,13 @@ def too_long(cfg, prompt_ids, response_ids=()):
         return f"prompt above --max-prompt-length {cfg.max_prompt_length}"
     if len(response_ids) > cfg.response_length:
         return f"response above --response-length {cfg.response_length}"
-    return None
 
 
 # === Processes ====================================================================================
 def join_processes(cfg, device):
-    """Joins the other processes of torchrun: NCCL on GPUs, gloo on CPUs.
-
-    Each holds all models and takes its share of the rows (`common.share`) through them; sums
-    (`common.total`, `sum_over_processes`) give every process the result that one alone would have.
+    """Joins the other processes of torchrun: NCCL on GPUs, gloo on CPUs. Each holds all models and
+    takes its share of the rows (`common.share`) through them; sums (`common.total`,
+    `sum_over_processes`) give every process the result that one alone would have.
     """
     if not IS_TORCHRUN:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -397,8 +381,7 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
-def remove_checkpoint(path):
-    """Removes a checkpoint, under another name first: a kill leaves no half of one."""
+def remove_checkpoint(path):  # under another name first: a kill leaves no half of one
     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
 
 
@@ -413,8 +396,7 @@ def checksum(path):
             size = file.stat().st_size
             with open(file, "rb") as opened:
                 opened.seek(max(0, size - 2**16))
-                name = f"{file.name} {size}".encode()
-                result = zlib.crc32(opened.read(), zlib.crc32(name, result))
+                result = zlib.crc32(f"{file.name} {size}".encode() + opened.read(), result)
     return result
 
 
@@ -434,14 +416,12 @@ class Run:
     """One run of a stage, in the order of use: Run(), restore(), then for each of steps(): phase(),
     may_step(), log() and save_if_due(); at last finish().
 
-    `done` is the number of steps (in ppo.py iterations) done before, `kept` what `save_if_due` was
-    given at the checkpoint that --resume continues from.
+    `may_change` are more flags that --resume may change. If a run can be extended (by a higher
+    --iterations), its state is kept after the end. `done` is the number of steps (in ppo.py
+    iterations) done before, `kept` what `save_if_due` was given at the checkpoint then.
     """
 
     def __init__(self, cfg, may_change=(), can_be_extended=False):
-        """`may_change` are more flags that --resume may change. If a run can be extended (by a
-        higher --iterations), its state is kept after the end.
-        """
         transformers.set_seed(cfg.seed)
         self.cfg = cfg
         self.device = pick_device(cfg.device)
@@ -449,33 +429,29 @@ class Run:
         self.folder = pathlib.Path(os.path.realpath(cfg.output))
         self.logger = load_function(cfg.log) if cfg.log else None
         self.can_be_extended = can_be_extended
-        self.state = {}
         self.inputs = {}
         self.step = 0
-        self.history = []
         self.warned = set()
         self.stop_signal = 0
-        self.num_skipped = 0
         self.skipped_in_a_row = 0
-        self.generator = torch.Generator()  # of a stage's loop: nothing else draws from it
+        self.generator = torch.Generator()
         self.seconds = collections.Counter()
         self.entered = ("loading", time.perf_counter())
         current["phase"] = "loading"
         self.check_inputs()
         if RANK == 0:
             self.claim()
-        saved = read_args(self.folder)
-        if cfg.resume and saved:
-            self.read_state(saved, {*MAY_CHANGE, *may_change})
+        saved = read_args(self.folder) if cfg.resume else {}
+        self.state = self.read_state(saved, {*MAY_CHANGE, *may_change}) if saved else {}
         self.done = self.state.get("step", 0)
         self.kept = self.state.get("kept", {})
-        if cfg.resume and saved.get("finished"):
-            if not can_be_extended or self.done >= cfg.iterations:
-                how = "a higher --iterations continues it, " if can_be_extended else ""
-                print(f"  the run in {cfg.output} is finished; {how}--overwrite starts again")
-                for path in checkpoints(self.folder) if RANK == 0 else ():  # a kill has left it
-                    remove_checkpoint(path)
-                sys.exit(0)  # a job that is started again has nothing to do
+        can_go_on = can_be_extended and self.done < cfg.iterations
+        if saved.get("finished") and not can_go_on:
+            how = "a higher --iterations continues it, " if can_be_extended else ""
+            print(f"  the run in {cfg.output} is finished; {how}--overwrite starts again")
+            for path in checkpoints(self.folder) if RANK == 0 else ():  # a kill has left it
+                remove_checkpoint(path)
+            sys.exit(0)  # a job that is started again has nothing to do
         greatest(0)  # all processes have looked before the first one writes
 
     def check_inputs(self):
@@ -495,12 +471,13 @@ class Run:
         output = f"--output {self.cfg.output}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            current["lock"] = filelock.FileLock(self.folder / LOCK, blocking=False)
-            current["lock"].acquire()  # the system releases it even after a kill
+            lock = filelock.FileLock(self.folder / LOCK, blocking=False)
+            lock.acquire()  # the system releases it even after a kill
         except filelock.Timeout:
             raise UserError(f"another run is writing to {output}; wait or name another") from None
         except OSError as error:
             raise UserError(f"{output} can't be written: {error.strerror}") from None
+        current["lock"] = lock  # for run_stage to release
         saved = read_args(self.folder)
         if not saved and {*os.listdir(self.folder)} - {LOCK, "args.partial"}:
             raise UserError(f"{output} holds files of something else; name a new folder")
@@ -510,32 +487,31 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
 
     def read_state(self, saved, may_change):
-        """Reads the newest state, if any; refuses flags and inputs that differ and must not."""
-        folder = (checkpoints(self.folder) or [self.folder])[-1]
-        if folder != self.folder or (folder / "state.pt").exists():
-            try:
-                self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                inputs = self.state["inputs"]
-                log_sizes = self.state["log_sizes"]
-            except Exception as error:  # torch has many kinds
-                common.explain(error, f"can't resume {folder}")
-            for name, size in log_sizes.items():
-                path = self.folder / name
-                if not path.exists() or path.stat().st_size < size:
-                    raise UserError(f"can't resume: {path} is gone or shorter than it was")
-            for what, value in inputs.items():
-                if self.inputs.get(what, value) != value:
-                    raise UserError(f"{what} has changed since the run began: put it back")
-        for name, value in dataclasses.asdict(self.cfg).items():
+        """Returns the newest state, or {}; refuses flags and inputs that differ and must not."""
+        for name, value in vars(self.cfg).items():
             began = saved.get(name, value)
             if name not in may_change and began != value:
                 what = f"{flag_of(name)} is {value}, but the run began with {began}"
                 raise UserError(f"{what}; leave it out, or start again with --overwrite")
+        folder = (checkpoints(self.folder) or [self.folder])[-1]
+        if folder == self.folder and not (folder / "state.pt").exists():
+            return {}
+        try:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has many kinds
+            common.explain(error, f"can't resume {folder}")
+        for name, size in state["log_sizes"].items():
+            path = self.folder / name
+            if not path.exists() or path.stat().st_size < size:
+                raise UserError(f"can't resume: {path} is gone or shorter than it was")
+        for what, value in state["inputs"].items():
+            if self.inputs.get(what, value) != value:
+                raise UserError(f"{what} has changed since the run began: put it back")
+        return state
 
     def restore(self, tokenizer, models, optimizer, schedule):
         """Registers what a checkpoint holds, puts a saved state back into it, and opens the logs.
-
-        `models` is {name: model}, each loaded from its flag. Nothing is written before this.
+        `models` is {name: model}. Nothing is written before this.
         """
         self.tokenizer = tokenizer
         self.models = models
@@ -543,6 +519,7 @@ class Run:
         self.schedule = schedule
         state = self.state
         self.state = {}
+        self.history = []  # the rows of metrics.jsonl without a "split"
         if self.done:
             for name, model in models.items():
                 model.load_state_dict(state["weights"][name], strict=False)
@@ -571,13 +548,11 @@ class Run:
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         self.history = [row for row in rows if "split" not in row]
 
-    def own_generator(self):
-        """Returns the loop's own generator: what a reward function draws does not change it."""
+    def own_generator(self):  # of the loop: what a reward function draws does not change it
         self.generator.set_state(self.state.get("generator", torch.get_rng_state()))
         return self.generator
 
-    def write_args(self, names, is_finished):
-        """Writes args.json, whole or not at all."""
+    def write_args(self, names, is_finished):  # whole or not at all
         args = dataclasses.asdict(self.cfg) | {"written": names, "finished": is_finished}
         partial = self.folder / "args.partial"
         partial.write_text(json.dumps(args, indent=2), encoding="utf-8")
@@ -586,11 +561,9 @@ class Run:
 
     def steps(self, batches, num_steps):
         """Yields (step, batch) of all steps to do; the batches of steps done are drawn and skipped.
-
         Ctrl-C and SIGTERM finish the step, save and stop; a second signal stops at once.
         """
         process = os.getpid()
-        previous = {}
 
         def ask_to_stop(number, frame):
             if not IS_TORCHRUN or os.getpid() != process:  # torchrun repeats the signal by itself
@@ -601,8 +574,8 @@ class Run:
                 os.write(2, b"\nstopping after this iteration\n")
             self.stop_signal = number
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, ask_to_stop)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, ask_to_stop) for number in signals}
         self.num_steps = num_steps
         script = sys.argv[0]
         batches = itertools.islice(batches, self.done, num_steps)
@@ -634,9 +607,7 @@ class Run:
         return self.seconds
 
     def may_step(self, grad_norm):
-        """Returns whether the gradient's norm is finite. One bad batch is no reason to stop; three
-        steps in a row are.
-        """
+        """Returns whether the gradient's norm is finite. Three steps without one end the run."""
         self.phase("optimizer step")
         is_finite = bool(torch.as_tensor(grad_norm).isfinite())
         self.num_skipped += not is_finite
@@ -674,13 +645,12 @@ class Run:
             self.bar.write(f"warning, iteration {self.step}: {message}")
             self.warned.add(symptom)
 
-    def is_due(self, every):
-        """Returns whether this step is the last one or a multiple of `every`."""
+    def is_due(self, every):  # in this step
         return self.step == self.num_steps or self.step % every == 0
 
     def save_if_due(self, kept):
-        """Writes a checkpoint every --save-every steps, at the last step, and before a stop. `kept`
-        is what the loop itself needs to continue.
+        """Writes a checkpoint every --save-every steps, at the last step, and before a stop: models
+        as Hugging Face folders, the first one at the top, and state.pt with `kept`, the loop's own.
         """
         self.stopping = greatest(self.stop_signal)  # a signal may reach one process before another
         if not (self.is_due(self.cfg.save_every) or self.stopping):
@@ -688,59 +658,48 @@ class Run:
         self.phase("checkpoint")
         if RANK > 0:
             return
-        target = self.folder / f"checkpoint-{self.step}"
-        older = checkpoints(self.folder)
-        partial = self.folder / f"{target.name}.partial"
-        try:
-            self.write_checkpoint(partial, kept)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            common.explain(error, f"can't write {partial} (the checkpoint before it is complete)")
-        partial.rename(target)
-        for path in older:
-            remove_checkpoint(path)
-
-    def write_checkpoint(self, folder, kept):
-        """Writes the models as Hugging Face folders, the first one at the top, and state.pt."""
-        weights = {}
-        for i, (name, model) in enumerate(self.models.items()):
-            common.save_model(model, folder / name if i else folder)
-            trained = {key for key, weight in model.named_parameters() if weight.requires_grad}
-            weights[name] = {k: w for k, w in model.state_dict().items() if k in trained}
-        self.tokenizer.save_pretrained(folder)
+        partial = self.folder / f"checkpoint-{self.step}.partial"
         logs = [self.folder / name for name in LOGS if (self.folder / name).exists()]
         state = {
-            "step": self.step, "kept": kept, "inputs": self.inputs, "weights": weights,
+            "step": self.step, "kept": kept, "inputs": self.inputs, "weights": {},
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
             "random": random.getstate(), "torch_random": torch.get_rng_state(),
             "generator": self.generator.get_state(),
             "log_sizes": {log.name: log.stat().st_size for log in logs},
         }
-        torch.save(state, folder / "state.pt")
-        for path in [*folder.rglob("*"), *logs]:
-            if path.is_file():
-                flush(path)
+        for name, model in self.models.items():
+            trained = [(key, w) for key, w in model.named_parameters() if w.requires_grad]
+            state["weights"][name] = {key: w.detach() for key, w in trained}
+        try:
+            for i, (name, model) in enumerate(self.models.items()):
+                common.save_model(model, partial / name if i else partial)
+            self.tokenizer.save_pretrained(partial)
+            torch.save(state, partial / "state.pt")
+            for path in [*partial.rglob("*"), *logs]:
+                if path.is_file():
+                    flush(path)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            common.explain(error, f"can't write {partial} (the checkpoint before it is complete)")
+        partial.rename(partial.with_suffix(""))
+        for path in checkpoints(self.folder)[:-1]:
+            remove_checkpoint(path)
 
     def finish(self):
-        """Copies the last checkpoint's files into OUTPUT itself, marks the run as finished and
-        removes the checkpoint. If that is interrupted, --resume does it again.
-        """
+        """Moves the last checkpoint into OUTPUT itself. If interrupted, --resume does it again."""
         if RANK > 0:
             return
-        checkpoint = checkpoints(self.folder)[-1]
-        for name in read_args(self.folder)["written"]:  # of the run before it was extended
-            (self.folder / name).unlink(missing_ok=True)
-        files = [path for path in checkpoint.rglob("*") if path.is_file()]
-        names = [str(path.relative_to(checkpoint)) for path in files]
+        last = checkpoints(self.folder)[-1]
+        names = [str(path.relative_to(last)) for path in last.rglob("*") if path.is_file()]
         if not self.can_be_extended:
             names.remove("state.pt")
         self.write_args(names, False)
         for name in names:
             (self.folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint / name, self.folder / name)
+            shutil.copyfile(last / name, self.folder / name)
             flush(self.folder / name)
         self.write_args(names, True)
-        remove_checkpoint(checkpoint)
+        remove_checkpoint(last)
 
 
 def adamw_with_cosine(cfg, model, table, num_steps):
@@ -806,17 +765,13 @@ def peak_memory(device):
     """Returns the most bytes held so far: by tensors on CUDA, else by the process, or None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # not getrusage: it counts what the process that started this one held
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None
+    status = pathlib.Path("/proc/self/status")  # getrusage also counts what the parent process held
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return found and int(found[1]) * 1024
 
 
 class Stream:
-    """An output stream whose reader may go away (`| head`), or that was closed from the start: what
-    is printed then is lost, and the run goes on.
-    """
+    """An output stream. The run goes on after its reader is gone (`| head`), or if it is closed."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -876,8 +831,7 @@ def run_stage(main, config_class, description):
             dist.destroy_process_group()
         if lock := current["lock"]:
             with contextlib.suppress(OSError):  # and of OUTPUT nothing stays if nothing was written
-                if lock.is_locked:
-                    os.unlink(lock.lock_file)
+                os.unlink(lock.lock_file)
                 os.rmdir(os.path.dirname(lock.lock_file))
             lock.release()
             current["lock"] = None

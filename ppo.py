@@ -1,28 +1,32 @@
-"""Stage 3 of RLHF, PPO: one batch of text from the prompt to optimizer.step().
+"""Stage 3 of RLHF: train a language model with PPO.
 
-The decoding loop and calls of models are in common.py, what may score a response in rewards.py.
+Follow one batch of text from the prompt to optimizer.step(): from `# 1. ROLLOUT` in `main` on, then
+sections 1 to 6. common.py has the decoding loop and the model calls, rewards.py the scorers.
 
 Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
 
 (1)  rewards     r_t     = -beta * (log pi_old(y_t) - log pi_ref(y_t)) + [t is last] * score(x, y),
-                           where --missing-eos-penalty is subtracted from scores without an EOS
+                           if y has no EOS, --missing-eos-penalty is subtracted from its score
 (2)  advantages  delta_t = r_t + gamma * V_{t+1} - V_t ;   A_t = delta_t + gamma * lam * A_{t+1}
 (3)  returns     G_t     = A_t + V_t
 (4)  ratio       rho_t   = pi(y_t) / pi_old(y_t) = exp(log pi(y_t) - log pi_old(y_t))
 (5)  policy      L_clip  = mean_t min(rho_t * A_t, clip(rho_t, 1 - eps, 1 + eps) * A_t)
 (6)  value       L_value = 1/2 mean_t max((V'_t - G_t)^2,
                                           (V_t + clip(V'_t - V_t, -eps_v, eps_v) - G_t)^2)
-(7)  total       L       = -L_clip + c1 * L_value - c2 * entropy
+(7)  total       L       = -L_clip + c1 * L_value - c2 * entropy,  minimized
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
                            between a tenth and ten times its initial value
 
           V is the critic before the update, computed once per rollout, and 0 after the last token;
           V' is the critic now. A_t in (5) is whitened: mean 0 and standard deviation 1 over all
-          response tokens of the rollout. mean_t is over all response tokens of a minibatch.
+          response tokens of the rollout. mean_t is over all response tokens of a minibatch, entropy
+          the mean of the policy's exact entropy there. Flags: beta --kl-coef, eps --clip-eps,
+          eps_v --value-clip-eps, c1 --value-coef, c2 --entropy-coef, target --kl-target,
+          horizon --kl-horizon, batch --batch-size.
 
           With --advantage bandit the whole response is one action; gamma, lam and eps_v are unused:
 (2b)      A       = sum_t r_t - V(x), the same for every token; ratio and clip are still per token
-(6b)      L_value = mean (V'(x) - sum_t r_t)^2, as it is usually written, without the 1/2 of (6)
+(6b)      L_value = mean (V'(x) - sum_t r_t)^2 over responses, without the 1/2 of (6)
 
 Shapes    B responses, P prompt tokens (left-padded), R response tokens (right-padded), S scorers
           (what --reward names). A micro-batch has b rows, r response columns and N unmasked tokens.
@@ -44,9 +48,8 @@ Exact     One function computes all log-probabilities (old, new and reference), 
           temperature and with the softmax in float32. Each mean in (5) to (7) is divided by the
           count of the whole minibatch, so micro-batches change the gradient by rounding only.
 Differs   TRL adds the score one position after the last token that counts, when there is room; here
-          it is at that token. In Huang et al. a missing EOS replaces the score; here it lowers it.
-
-Read      from `# 1. ROLLOUT` in `main` to its optimizer.step(), then sections 1 to 6.
+          it is at that token. In Huang et al. a response without EOS gets a fixed score; here a
+          penalty is subtracted from its score.
 
 Sources   Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (our eqs. 1, 8); Stiennon et
           al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO". Its
@@ -119,7 +122,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of truncated responses")
 
     # gamma is 1 because a response is finite and no part of it is worth more for coming sooner. lam
-    # trades bias of the critic (0: trust V at the next token) for variance of the return (1).
+    # trades bias for variance: 0 trusts the critic at the next token, 1 uses the full return.
     advantage: Literal["gae", "bandit"] = arg("gae", "one advantage per token, or one per response")
     gamma: Share = arg(1.0, "discount per token; 1 for text")
     lam: Share = arg(0.95, "lambda of GAE; usually 0.9 to 1")
@@ -130,7 +133,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     microbatch_size: Count = arg(32, "responses per forward pass; affects memory and speed only")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
     value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values; inf: none")
-    value_coef: Weight = arg(0.1, "weight of the value loss; matters for a shared critic")
+    value_coef: Weight = arg(0.1, "weight of the value loss; matters mostly for a shared critic")
     entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
     max_approx_kl: Weight | None = arg(None, "stop an update early above this, usually 0.02")
     lr: Share | None = arg(None, "learning rate of the policy, decays to 0; None: by size")
@@ -229,7 +232,7 @@ def sample_responses(policy, tokenizer, prompt_rows, response_length, temperatur
     eos_ids = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=response.device)
     finished = torch.isin(response, eos_ids).any(1)  # (B,)
     lengths = (response_mask.sum(1) - finished.long()).tolist()  # without EOS
-    texts = []  # with the prompt's ids, as a token alone may lose its leading space
+    texts = []  # decoded after the prompt: a first token alone may lose its leading space
     for ids, response_ids, length in zip(prompt_ids, response.tolist(), lengths):
         texts.append(common.decode(tokenizer, ids, response_ids[:length]))
     return Rollout(
@@ -270,9 +273,8 @@ class ValueHead(torch.nn.Linear):
 def token_logprobs(logits, tokens, temperature, with_entropy):
     """Returns log-probabilities of tokens (b, R), and entropies, (b, R) float32 each.
 
-    The sampler divides the logits by the temperature, so we do the same for every log-probability,
-    including the reference's: the tempered policy is the one that is trained, and its KL starts at
-    0, up to rounding.
+    The sampler divides the logits by the temperature, so we do the same for every log-probability:
+    policy and reference are both tempered, and their KL starts at 0, up to rounding.
     """
     all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
     logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, R)
@@ -289,7 +291,7 @@ def forward_responses(
 
     A causal model's output at position i is its distribution over token i + 1. So the outputs for
     the r response tokens stand one position earlier, starting at the last prompt token. This is the
-    only shift in the file; from here on, column t of every tensor belongs to y_t.
+    only shift between outputs and tokens; after it, column t of every tensor belongs to y_t.
 
         position   ...  P-2   P-1    P    P+1  ...  P+r-2     P+r-1
         token      ...  x     x      y_0  y_1  ...  y_{r-2}   y_{r-1}
@@ -297,7 +299,7 @@ def forward_responses(
     """
     is_shared = isinstance(critic, ValueHead)  # then it needs the policy's hidden states
     tokens, attention_mask = tokens.to(policy.device), attention_mask.to(policy.device)
-    # Drop the last position, which predicts nothing that is needed, and keep the last r.
+    # The last position would predict a token after y_{r-1}: drop it, and keep the last r outputs.
     inputs, input_mask = tokens[:, :-1], attention_mask[:, :-1]  # (b, P+r-1)
     output = common.forward(
         policy, inputs, input_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
@@ -335,7 +337,7 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
     tokens, attention_mask = rollout.tokens, rollout.attention_mask  # (B, P+R) each
     num_columns = rollout.response_mask.shape[1]  # R
     prompt_length = tokens.shape[1] - num_columns  # P
-    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)  # 0 at padding
+    results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything = torch.arange(len(tokens))  # all B rows
     for rows, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
         part, mask = tokens[rows, columns], attention_mask[rows, columns]
@@ -346,7 +348,7 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
         ref_logprobs, _, _ = forward_responses(ref_policy, None, part, mask, width, temperature)
         ref_logprobs = ref_logprobs.to(tokens.device)  # from --reward-device
         results[:, rows, :width] = torch.stack([logprobs, ref_logprobs, values, entropies])
-    return common.total(results)  # (4, B, R); under torchrun each process had filled its own rows
+    return common.total(results)  # (4, B, R); under torchrun each process has filled only its rows
 
 
 # === 4. Rewards: eqs. 1 and 8 =====================================================================
@@ -384,12 +386,12 @@ def adapt_kl_coef(kl_coef, kl, kl_target, step_size, initial_kl_coef):
 
 # === 5. Advantages: eqs. 2-3 ======================================================================
 # FORK: to use another estimator, write a function of rewards, values and response_mask that returns
-# advantages and returns. examples/forks has GRPO and RLOO, which need no critic.
+# advantages and returns, and call it in step 5 of the loop. examples/forks has GRPO and RLOO.
 def gae(rewards, values, response_mask, gamma, lam):
     """Returns advantages and returns by eqs. 2 and 3, (B, R) each (Schulman et al. 2016).
 
-    `values` were computed before the update, so returns are fixed targets in all epochs. After
-    the last token no reward is left: V is 0 there, even if the response was truncated.
+    `values` were computed before the update, so returns are fixed targets in all epochs. No reward
+    follows the last token, so V is 0 there; a truncated response counts as ended (no bootstrap).
     With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
     rewards = torch.where(response_mask, rewards, 0.0)  # (B, R)
@@ -484,7 +486,7 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
     """Returns the loss of each value, eq. 6: the larger of the plain and the clipped error.
 
     Where V' is more than eps_v from V and nearer to its target than the clipped value, the gradient
-    is 0. Like eq. 5, this removes the reason to move further on one rollout; it is not a bound.
+    is 0. Like eq. 5, this removes the incentive to move further, but is no bound on the movement.
     With --advantage bandit it is the squared error, eq. 6b.
     """
     if advantage == "bandit":
@@ -495,8 +497,8 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
 
 @torch.no_grad()
 def add_statistics(sums, **terms):
-    """Adds a micro-batch's terms to the sums of its optimizer step. They are logged as
-    means over the optimizer steps, so a fork logs another number by adding a key.
+    """Adds a micro-batch's terms to the sums of its optimizer step. They are
+    averaged over optimizer steps and logged. To log another number, add a keyword.
     """
     for name, term in terms.items():
         sums[name] = sums.get(name, 0.0) + term
@@ -506,7 +508,7 @@ def add_statistics(sums, **terms):
 def main(cfg):
     cfg = check_config(cfg)  # or the embedded prompts and judge
     run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # seeds, takes --output
-    code = cfg.trust_remote_code  # may a model bring code of its own?
+    code = cfg.trust_remote_code  # allow models that ship their own Python code
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
     rows, eval_rows = load_prompts(cfg, tokenizer)
     longest = max(len(row.prompt_ids) for row in rows + eval_rows) + cfg.response_length
@@ -518,7 +520,7 @@ def main(cfg):
     dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
     generator = run.own_generator()
     run.phase("evaluation")
-    # The initial policy's scales and samples. A resumed run has them from its checkpoint.
+    # Before `restore`, as these belong to the initial policy; a resumed run has kept them.
     scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
     baseline = run.kept.get("baseline")  # its samples
     baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
@@ -854,7 +856,7 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
 # === Not the algorithm: metrics. The comments say what is healthy =================================
 def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
     """Returns the metrics of a rollout."""
-    mask = batch.response_mask  # (B, R); (B,)
+    mask = batch.response_mask  # (B, R)
     scores = score_parts.sum(0)
     token_kl = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)  # (B, R)
     returns = batch.returns[batch.value_mask]  # where the critic is trained
@@ -878,7 +880,7 @@ def update_metrics(steps):
     of the first step, when the policy is still pi_old.
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
-    2020, "Approximating KL divergence"). It is about one update, `kl` about the whole run. Healthy:
+    2020, "Approximating KL divergence"). It measures one update, `kl` the whole run. Healthy:
     policy_loss slightly below 0 (0 with a single step), value_loss falling, approx_kl 0.001 to
     0.05, clip_fraction (ratios outside 1 +- eps) 0.01 to 0.2, norms (before clipping) steady.
     """
@@ -913,18 +915,18 @@ def run_metrics(run, response_mask):
 
 # Mean |log pi as sampled - log pi recomputed|, in nats per token: ten times what
 # tests/test_families.py finds in the worst of its families, for float32 and for bf16. Above
-# MAX_GAP a run does not start.
+# MAX_GAP a run ends in its first iteration.
 SAMPLER_GAP = 2.1e-5
 SAMPLER_GAP_BF16 = 0.28
 MAX_GAP = 0.5
 
 
 def check_sampler(run, policy, rollout, logprobs):
-    """Returns sampler_gap: 0 up to rounding if the sampled and the learned distribution agree."""
+    """Returns sampler_gap, 0 up to rounding, and warns or ends the run if it is too large."""
     gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
-        raise UserError(f"{what}: a {type(policy).__name__} samples otherwise than it learns")
+        raise UserError(f"{what}: a {type(policy).__name__} samples and learns different things")
     if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
         causes = "a cache that rounds, MoE routing that flips; try --dtype float32"
         run.warn("sampler", f"{what}. Usual causes: {causes}")

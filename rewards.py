@@ -33,13 +33,9 @@ class FunctionScorer:
 
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns the function's values. It may compare all rows, so rank 0 calls it for all."""
-        scores = torch.zeros(len(rows), device=tokens.device)
-        if harness.RANK == 0:
-            scores += self.call(rows, responses).to(tokens.device)
-        return common.total(scores)
-
-    def call(self, rows, responses):
-        """Returns the function's values as a tensor (B,), checked to be finite numbers."""
+        zeros = torch.zeros(len(rows), device=tokens.device)
+        if harness.RANK > 0:
+            return common.total(zeros)
         copies = copy.deepcopy(rows)  # what it does to them stays its own
         signals = {signal.SIGINT} if hasattr(signal, "pthread_sigmask") else set()
         try:
@@ -61,14 +57,13 @@ class FunctionScorer:
         finally:
             if signals:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        if scores.shape != (len(rows),):
-            what = f"{list(scores.shape)} numbers for {len(rows)} responses"
-            raise UserError(f"{self.spec} returned {what}")
+        if scores.shape != zeros.shape:
+            raise UserError(f"{self.spec} returned {list(scores.shape)} numbers, not {len(rows)}")
         for score, row, response in zip(scores, rows, responses):
             if not score.isfinite():
                 where = f"prompt {row['prompt']!r} and response {response!r}"
                 raise UserError(f"{self.spec} returned {score:g}, not a finite number, for {where}")
-        return scores
+        return common.total(zeros + scores.to(tokens.device))
 
 
 class TokenScorer:
@@ -84,25 +79,22 @@ class TokenScorer:
     @torch.no_grad()
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns normalized scores, read at each row's last token, the EOS if there is one."""
+        device = tokens.device  # the model may be on another
+        tokens, mask = tokens.to(self.model.device), attention_mask.to(self.model.device)
         scores = torch.zeros(len(tokens), device=tokens.device)
-        device = self.model.device
-        everything = torch.arange(len(tokens))
-        size = self.microbatch_size
-        for part, columns in common.parts_by_length(attention_mask, everything, size):
-            part_tokens = tokens[part, columns].to(device)
-            part_mask = attention_mask[part, columns].to(device)
-            part_scores = common.text_scores(self.model, part_tokens, part_mask)  # (b, T) -> (b,)
-            scores[part] = part_scores.to(tokens.device)
-        return common.total(scores)
+        index = torch.arange(len(tokens))
+        for part, columns in common.parts_by_length(mask, index, self.microbatch_size):
+            part_tokens, part_mask = tokens[part, columns], mask[part, columns]  # (b, T) each
+            scores[part] = common.text_scores(self.model, part_tokens, part_mask)  # (b,)
+        return common.total(scores.to(device))
 
 
 class TextScorer:
     """A reward model with other tokens than the policy's: it reads decoded texts.
 
-    One that reward_model.py made reads the ids of `common.encode`. Another reads the text in its
-    own chat template (a prompt that is no chat becomes the user's message); without a template, an
-    encoder reads a pair of texts and a decoder prompt, response and EOS. A truncated response is
-    read as if it had finished; --missing-eos-penalty makes up for that.
+    One that reward_model.py made reads the ids of `common.encode`. Another reads its own chat
+    template (a plain prompt becomes the user's message); without one, an encoder reads a pair of
+    texts, a decoder prompt, response and EOS. Truncated responses are read as if they had finished.
     """
 
     reads_tokens = False
@@ -113,15 +105,14 @@ class TextScorer:
         self.microbatch_size = microbatch_size
         self.tokenizer = tokenizer
         self.eos_ids = common.eos_token_ids(tokenizer, model)
-        self.is_ours = hasattr(model.config, "reward_mean")
-        self.needs_scale = not self.is_ours
+        self.needs_scale = not hasattr(model.config, "reward_mean")  # else it is ours
         self.has_cut = False
 
     def encode(self, row, response):
         """Returns the model's inputs for one row and response: {"input_ids": list, ...}."""
         prompt = row["prompt"]
         tools = row.get("tools")
-        if self.is_ours:
+        if not self.needs_scale:
             response = response if isinstance(prompt, str) else response.strip()
             ids = common.encode(self.tokenizer, prompt, response, self.eos_ids, tools, True)
             return {"input_ids": ids[0] + ids[1]}
@@ -136,9 +127,7 @@ class TextScorer:
         return {"input_ids": prompt_ids + response_ids}
 
     def fit(self, inputs):
-        """Returns inputs that fit the model's positions: the prompt may lose its beginning, but for
-        the first token (BOS or CLS). One long row must not end a run of hours.
-        """
+        """Returns inputs that fit: a prompt may lose its beginning, but for BOS or CLS."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0
         limit = self.tokenizer.model_max_length
         limit = min(limit, positions) if positions > 0 else limit  # XLNet has -1 for none
@@ -154,7 +143,7 @@ class TextScorer:
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns normalized scores from the model's own forward pass."""
         scores = torch.zeros(len(rows))
-        (mean, std) = common.score_scale(self.model.config)
+        mean, std = common.score_scale(self.model.config)
         try:
             inputs = [self.fit(self.encode(*pair)) for pair in zip(rows, responses)]
             indices = common.share(range(len(inputs)))
@@ -172,10 +161,8 @@ class TextScorer:
 
 
 def load_scorer(spec, policy, tokenizer, microbatch_size, **options):
-    """Returns the scorer that `spec` names; `options` are those of `common.load_classifier`.
-
-    Only a model that reward_model.py made with this tokenizer and chat template reads tokens. How
-    another was trained to read, only its own forward pass knows.
+    """Returns the scorer that `spec` names; `options` are those of `common.load_classifier`. Only a
+    model that reward_model.py made with this tokenizer and chat template reads tokens.
     """
     if re.search(r"\.py(:|$)", spec) and not os.path.isdir(spec):
         return FunctionScorer(spec)
@@ -203,13 +190,11 @@ def load_scorer(spec, policy, tokenizer, microbatch_size, **options):
 
 
 def mean_and_std(scorer, scores):
-    """Returns the scale of a reward model from elsewhere, from its scores of the SFT policy's
-    responses, (N,) floats: as with reward_model.py, they become 0 and 1.
-    """
+    """Returns the scale of a reward model from elsewhere, from its N scores of SFT's responses."""
     scores = torch.tensor(scores)
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     if not 0 < std < math.inf:
         raise UserError(f"{scorer.spec} gives all responses the score {mean:g}")
-    what = f"scores of {len(scores)} responses of the SFT policy"
-    print(f"  {scorer.spec}: mean {mean:.3f} and std {std:.3f} of the {what} become 0 and 1")
+    number = len(scores)
+    print(f"  {scorer.spec}: mean {mean:.3f} and std {std:.3f} of {number} scores become 0 and 1")
     return mean, std

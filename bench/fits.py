@@ -5,21 +5,16 @@
     python bench/fits.py --model 8B --lora-rank 16
     python bench/fits.py --table --microbatch-size 4       the rows of docs/running.md
 
-All flags of ppo.py are accepted. Its dry run, which takes the largest batch through all phases, is
-run on tensors that have a shape and a dtype but no numbers: of a model only its config is read, so
-8 B parameters take a minute and no memory. What is alive after each operation is added up.
-
-Not counted: CUDA's context, what an operation needs within itself, and what the allocator can't
-use because of fragmentation. `room` is left for them.
+All flags of ppo.py are accepted. Its dry run is run on tensors that have a shape and a dtype but no
+numbers: of a model only its config is read, so 8 B parameters take a minute and no memory. What is
+alive after each operation is added up. Not counted: CUDA's context, what an operation needs within
+itself, and what the allocator can't use because of fragmentation. Some room is left for them.
 """
 
 import contextlib
 import dataclasses
 import io
 import itertools
-import pathlib
-import shutil
-import sys
 import tempfile
 import weakref
 from types import SimpleNamespace
@@ -35,7 +30,6 @@ from torch.utils._pytree import tree_leaves
 import common
 import harness
 import ppo
-from common import UserError
 from harness import arg
 from rewards import TokenScorer
 
@@ -45,10 +39,8 @@ MODELS = {  # Qwen2.5-0.5B, Llama-3.2-1B and 3B, Llama-3.1-8B
     "8B": Shape("llama", 4096, 32, 32, 8, 14336, 128256, False),
 }
 CARDS = (12, 16, 24, 48, 80)  # GB
-COLUMNS = (  # of the table
-    "weights", "gradients", "Adam's moments", "key-value cache", "activations", "evaluation",
-    "backward",
-)
+COLUMNS = ("weights", "gradients", "Adam's moments", "key-value cache", "activations", "rollout",
+           "backward")  # of the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +67,10 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.known, self.now, self.phases = 0, 0, {}, "loading", {}
+        self.alive = self.peak = 0  # bytes
+        self.known = {}  # {address of a storage: weak reference}
+        self.now = "loading"
+        self.phases = {}  # {phase: its peak}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
@@ -96,18 +91,15 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
     def phase(self, name):
-        """Counts what follows for this phase. Returns 0."""
+        """Counts what follows for this phase. Returns 0, as it stands for harness.peak_memory."""
         self.phases[self.now], self.now, self.peak = self.peak, name, self.alive
         return 0
 
 
 def attention_on_cuda(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
-    """The flash kernel; with a mask the memory-efficient one. Neither keeps the probabilities."""
+    """The memory-efficient kernel, which takes a mask and does not keep the probabilities."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    if attn_mask is None and query.dtype == torch.bfloat16:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, 0.0, is_causal, scale=scale)[0]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -115,8 +107,8 @@ def attention_on_cuda(query, key, value, attn_mask=None, is_causal=False, scale=
         width = attn_mask.shape[-1]
         rows = query.new_zeros(*attn_mask.shape[:-1], -(-width // 16) * 16)
         attn_mask = rows[..., :width].expand(*query.shape[:3], -1)
-    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    needs_grad = query.requires_grad or key.requires_grad
     return efficient(query, key, value, attn_mask, needs_grad, 0.0, is_causal, scale=scale)[0]
 
 
@@ -133,8 +125,6 @@ def load_models(cfg):
         if ".py" in spec:
             return SimpleNamespace(model=None, reads_tokens=False)
         model, _ = common.load_classifier(spec, **options)
-        if not common.has_token_head(model):
-            raise UserError(f"{spec} reads no tokens of the policy's; only such reward models do")
         return TokenScorer(spec, model.requires_grad_(False), microbatch_size)
 
     def load_model(auto_class, path, made_by, config, **options):
@@ -144,21 +134,18 @@ def load_models(cfg):
 
     tokenizer = SimpleNamespace(eos_token_id=2, bos_token_id=None, pad_token_id=1)
     longest = cfg.max_prompt_length + cfg.response_length
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        path = cfg.model
+    replaced = {"load_model": load_model, "fit_embeddings": mock.Mock(), "check_model": mock.Mock()}
+    with (
+        mock.patch.multiple(common, **replaced), mock.patch.object(ppo, "load_scorer", load_scorer),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        path = cfg.model.removesuffix("config.json")
         if cfg.model in MODELS:
             config, path = iteration.model_config(MODELS[cfg.model]), folder
             config.max_position_embeddings = longest
             config.save_pretrained(folder)
-        elif cfg.model.endswith(".json") and pathlib.Path(cfg.model).is_file():
-            shutil.copy(cfg.model, pathlib.Path(folder) / "config.json")
-            path = folder
         reward = [path] if cfg.reward == Config().reward else cfg.reward
         cfg = dataclasses.replace(cfg, policy=path, reward=reward)
-        stack.enter_context(mock.patch.multiple(
-            common, load_model=load_model, fit_embeddings=mock.Mock(), check_model=mock.Mock()
-        ))
-        stack.enter_context(mock.patch.object(ppo, "load_scorer", load_scorer))
         return ppo.load_models(cfg, tokenizer, longest, torch.device(cfg.device))
 
 
@@ -196,11 +183,12 @@ def computed(cfg, on_cuda=True):
         response_mask = mask[:, -response_length:]
         return ppo.Rollout(tokens, mask, response_mask, mask[:, 0], response_mask.float(), [])
 
-    replaced = [(common, "parts_by_length", whole_parts), (harness, "peak_memory", ledger.phase)]
-    replaced += [(ppo, "forward_responses", forward_responses)]
-    replaced += [(ppo, "sample_responses", sample_responses)]
-    replaced += [(torch.cuda, "reset_peak_memory_stats", mock.Mock())]
-    replaced += [(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new))]
+    replaced = [
+        (common, "parts_by_length", whole_parts), (harness, "peak_memory", ledger.phase),
+        (ppo, "forward_responses", forward_responses), (ppo, "sample_responses", sample_responses),
+        (torch.cuda, "reset_peak_memory_stats", mock.Mock()),
+        (torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new)),
+    ]
     if on_cuda:
         cfg = dataclasses.replace(cfg, dtype=cfg.dtype.replace("auto", "bf16"))
         attention = (torch.nn.functional, "scaled_dot_product_attention", attention_on_cuda)
@@ -217,9 +205,8 @@ def computed(cfg, on_cuda=True):
         run = SimpleNamespace(cfg=cfg, device=SimpleNamespace(type="cuda"), phase=ledger.phase)
         rows = [SimpleNamespace(prompt_ids=[3] * cfg.max_prompt_length)]
         ppo.dry_run(run, policy, ref_policy, critic, scorers, optimizer, None, rows)
-    models = [policy, ref_policy, critic]
-    models += [scorer.model for scorer in scorers if scorer.model is not None]
-    weights = {weight for model in models for weight in model.parameters()}
+    models = [policy, ref_policy, critic, *(scorer.model for scorer in scorers)]
+    weights = {weight for model in models if model is not None for weight in model.parameters()}
     gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)
     sizes = {"weights": sum(weight.nbytes for weight in weights), "gradients": gradients}
     del ledger.phases["loading"]
@@ -227,14 +214,12 @@ def computed(cfg, on_cuda=True):
 
 
 # === Command line =================================================================================
-def room(card):
-    """Returns the GB of a card of so many GB that are to stay free."""
-    return max(0.08 * card, 1.5)
-
-
 def smallest_card(phases):
-    """Returns the first of CARDS, in GB, that holds the largest phase; None if none does."""
-    return next((card for card in CARDS if max(phases.values()) / 1e9 <= card - room(card)), None)
+    """Returns the first of CARDS, in GB, that holds the largest phase; None if none does. 8 % of a
+    card, and at least 1.5 GB, are to stay free.
+    """
+    most = max(phases.values()) / 1e9
+    return next((card for card in CARDS if most <= card - max(0.08 * card, 1.5)), None)
 
 
 def table(cfg):
@@ -246,27 +231,24 @@ def table(cfg):
         "LoRA, reward a function": {"lora_rank": 16, "reward": ["mine.py:reward"]},
     }
     for model, (way, flags) in itertools.product(MODELS, ways.items()):
-        columns = {name: [] for name in (*COLUMNS, "card")}
+        cells = []
         for checkpointing in (False, True):
             changes = flags | {"model": model, "gradient_checkpointing": checkpointing}
             parts, phases = computed(dataclasses.replace(cfg, **changes))
-            for name in COLUMNS:
-                columns[name].append(f"{(parts | phases)[name] / 1e9:.1f}")
-            columns["card"].append(f"{smallest_card(phases)}")
-        cells = [" / ".join(dict.fromkeys(values)) for values in columns.values()]
-        print(f"| {model} | {way} | {' | '.join(cells)} |", flush=True)
+            sizes = [f"{(parts | phases)[name] / 1e9:.1f}" for name in COLUMNS]
+            cells.append([*sizes, str(smallest_card(phases))])
+        pairs = [" / ".join(dict.fromkeys(pair)) for pair in zip(*cells)]  # one, if they are alike
+        print(f"| {model} | {way} | {' | '.join(pairs)} |", flush=True)
 
 
 def main(cfg):
     ppo.check_config(cfg)
     if cfg.table:
-        table(cfg)
-        return
+        return table(cfg)
     parts, phases = computed(cfg)
-    for name, size in parts.items():
+    most = {f"at the most, in {name}": size for name, size in phases.items()}
+    for name, size in (parts | most).items():
         print(f"{name:<34}{size / 1e9:>8.2f} GB")
-    for name, size in phases.items():
-        print(f"at the most, in {name:<18}{size / 1e9:>8.2f} GB")
     card = smallest_card(phases)
     print(f"a card of {card} GB holds it" if card else f"no card of {CARDS[-1]} GB holds it")
 

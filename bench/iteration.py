@@ -4,9 +4,9 @@
     python bench/iteration.py -- --microbatch-size 32 --dtype bf16     what follows -- is for ppo.py
 
 Random weights take as long as trained ones; with the small learning rate used here nearly all
-responses run to the full length. The real script is timed, from its own metrics.jsonl; only
-checkpoints are not written. The first iterations warm up and are not counted. The floor is what the
-matrix products alone would take, at the rate of a large one, which is measured here.
+responses run to the full length. The times are those of metrics.jsonl; only checkpoints are not
+written. The first iterations warm up and are not counted. The floor is what the matrix products
+alone would take, at the rate of a large one, which is measured here.
 """
 
 import argparse
@@ -31,8 +31,6 @@ import harness  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model and a batch."""
-
     family: str = "llama"
     hidden: int = 256
     layers: int = 4
@@ -89,17 +87,18 @@ def write_inputs(shape, folder):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = model_config(shape)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "policy")
+    policy = transformers.AutoModelForCausalLM.from_config(config)
     config.num_labels, config.reward_mean, config.reward_std = 1, 0.0, 1.0
     reward_model = transformers.AutoModelForSequenceClassification.from_config(config)
-    reward_model.save_pretrained(folder / "reward_model")
-    for name in ("policy", "reward_model"):
+    for name, model in (("policy", policy), ("reward_model", reward_model)):
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     prompts = torch.randint(4, shape.vocabulary, (shape.batch_size, shape.prompt_length)).tolist()
     lines = [json.dumps({"prompt": " ".join(names[id] for id in ids)}) for ids in prompts]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
+PHASES = ("rollout", "score", "update")
 PROGRAM = f"""
 import sys
 sys.argv[0] = "ppo.py"
@@ -131,13 +130,11 @@ def run_ppo(shape, folder, iterations, flags):
     run = subprocess.run(command + flags, capture_output=True, text=True)  # a later flag counts
     if run.returncode:
         sys.exit(run.stderr)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
-    args = json.loads((folder / "run" / "args.json").read_text())
-    rows = [row for row in rows if "split" not in row]
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "split" not in row]
     for row in rows:
-        parts = row["seconds_rollout"], row["seconds_score"], row["seconds_update"]
-        row["seconds_total"] = sum(parts)
-    return rows, args
+        row["seconds_total"] = sum(row[f"seconds_{phase}"] for phase in PHASES)
+    return rows, json.loads((folder / "run" / "args.json").read_text())
 
 
 # === The floor ====================================================================================
@@ -149,8 +146,8 @@ def matrix_flops(shape, shared_critic=False):
     length = shape.prompt_length + shape.response_length
     attention = 2 * length**2  # QK and AV, half of each masked away
     layer = shape.hidden * (2 * widths * length + attention)
-    head = shape.response_length * 2 * shape.hidden * shape.vocabulary
     trunk_pass = shape.batch_size * shape.layers * layer
+    head = shape.response_length * 2 * shape.hidden * shape.vocabulary
     policy_pass = trunk_pass + shape.batch_size * head
     critic_pass = 0 if shared_critic else trunk_pass
     return {
@@ -162,8 +159,9 @@ def matrix_flops(shape, shared_critic=False):
 
 def matrix_rate(device, dtype):
     """Returns the FLOP/s of a large matrix product, the best of ten."""
-    size, times = 8192 if device.type == "cuda" else 2048, []
+    size = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(size, size, device=device).to(dtype)
+    times = []
     for _ in range(10):
         begin = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for a GPU
@@ -182,16 +180,15 @@ def summarize(shape, rows, args):
     device = harness.pick_device(args["device"])
     shape = dataclasses.replace(shape, **{name: args[name] for name in vars(shape).keys() & args})
     is_bf16 = args["dtype"] == "bf16" or args["dtype"] == "auto" and device.type == "cuda"
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
-    rate = matrix_rate(device, dtype)
+    rate = matrix_rate(device, torch.bfloat16 if is_bf16 else torch.float32)
     flops = matrix_flops(shape, args["critic"] == "shared")
+    flops["total"] = sum(flops.values())
     floor = {phase: number / rate for phase, number in flops.items()}
-    floor["total"] = sum(floor.values())
     seconds = {phase: spread([row[f"seconds_{phase}"] for row in rows]) for phase in floor}
     return {
         "shape": vars(shape), "repeats": len(rows), "seconds": seconds, "floor_seconds": floor,
         "floor_share": {phase: floor[phase] / seconds[phase][0] for phase in seconds},
-        "matrix_tflops_per_second": rate / 1e12, "matrix_dtype": str(dtype),
+        "matrix_tflops_per_second": rate / 1e12, "matrix_dtype": "bf16" if is_bf16 else "float32",
         "tokens_per_second": spread([row["tokens_per_second"] for row in rows]),
         "peak_memory_gb": rows[-1]["peak_memory_gb"],
     }
@@ -239,9 +236,9 @@ def main(argv):
         rows, in_force = run_ppo(shape, pathlib.Path(name), args.warm_up + args.repeats, flags)
     result = summarize(shape, rows[args.warm_up :], in_force) | {"warm_up": args.warm_up}
     print(f"\n{'seconds':<10}{'median':>9}{'lowest':>9}{'highest':>9}{'floor':>9}{'share':>9}")
-    for phase, (median, low, high) in result["seconds"].items():
-        floor, share = result["floor_seconds"][phase], result["floor_share"][phase]
-        print(f"{phase:<10}{median:>9.3f}{low:>9.3f}{high:>9.3f}{floor:>9.3f}{share:>9.2f}")
+    for phase, numbers in result["seconds"].items():
+        numbers = *numbers, result["floor_seconds"][phase], result["floor_share"][phase]
+        print(f"{phase:<10}" + "".join(f"{number:>9.3f}" for number in numbers))
     speed, memory = result["tokens_per_second"][0], result["peak_memory_gb"]
     print(f"{speed:.0f} response tokens per second; peak memory {memory:.2f} GB")
     save(result | {"flags": flags}, harness.pick_device(in_force["device"]), args, argv)

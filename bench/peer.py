@@ -26,16 +26,12 @@ import harness
 
 # === The peer, in a process of its own ============================================================
 def run_trl(shape, folder, num_updates, device, args):
-    """Returns the median seconds of an update of TRL's trainer, without the first, which warms up,
-    and its peak memory in GB.
-    """
+    """Returns (median seconds of an update of TRL's trainer but the first, peak memory in GB)."""
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     if args.peer_dtype == "bf16":
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    if device.type == "cuda":  # it takes all GPUs that it sees
-        seen = environment.get("CUDA_VISIBLE_DEVICES")
-        index = seen.split(",")[device.index] if seen else str(device.index)
-        environment["CUDA_VISIBLE_DEVICES"] = index
+    if device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in environment:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device.index)  # else it takes all GPUs
     job = vars(shape) | {"is_cuda": device.type == "cuda", "num_updates": num_updates}
     job["microbatch_size"] = args.peer_microbatch_size or shape.microbatch_size
     command = [sys.executable, __file__, "--trl", str(folder), json.dumps(job)]
@@ -50,16 +46,17 @@ def trl_process(folder, job):
     """Runs TRL on the folders that `iteration.write_inputs` wrote; writes trl.json beside them."""
     import datasets
     import torch
-    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForSequenceClassification as Classifier
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     models = {}
-    for name in ("model", "ref_model", "reward_model", "value_model"):
-        is_policy = name in ("model", "ref_model")
-        kind = "AutoModelForCausalLM" if is_policy else "AutoModelForSequenceClassification"
-        path = folder / ("policy" if is_policy else "reward_model")
-        models[name] = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    for name, kind, path in (
+        ("model", AutoModelForCausalLM, "policy"), ("ref_model", AutoModelForCausalLM, "policy"),
+        ("reward_model", Classifier, "reward_model"), ("value_model", Classifier, "reward_model"),
+    ):
+        models[name] = kind.from_pretrained(folder / path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     lines = (folder / "prompts.jsonl").read_text().splitlines()
     ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
     prompts = datasets.Dataset.from_dict({"input_ids": ids * (job["num_updates"] + 1)})
@@ -73,9 +70,10 @@ def trl_process(folder, job):
         gradient_checkpointing=False, save_strategy="no", report_to=[],
         use_cpu=not job["is_cuda"], disable_tqdm=True, learning_rate=1e-5,
     )
-    device, times = torch.device("cuda:0" if job["is_cuda"] else "cpu"), []
+    device = torch.device("cuda:0" if job["is_cuda"] else "cpu")
+    times = []
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             torch.zeros(1, device=device).item()  # waits for a GPU
             times.append(time.perf_counter())
@@ -104,15 +102,13 @@ def main(argv):
         for number in range(1, args.pairs + 1):
             rows, in_force = iteration.run_ppo(shape, folder, args.warm_up + args.repeats, flags)
             device = harness.pick_device(in_force["device"])
-            rows = rows[args.warm_up :]
-            ours, memory = iteration.spread([row["seconds_total"] for row in rows])[0], rows[-1]
-            memory = memory["peak_memory_gb"]
+            seconds = [row["seconds_total"] for row in rows[args.warm_up :]]
+            ours, memory = statistics.median(seconds), rows[-1]["peak_memory_gb"]
             theirs, their_memory = run_trl(shape, folder, args.repeats + 1, device, args)
             pair = {"seconds": ours, "trl_seconds": theirs, "ratio": theirs / ours}
             pair |= {"peak_memory_gb": memory, "trl_peak_memory_gb": their_memory}
             pairs.append(pair)
-            print(f"pair {number}: ours {ours:.2f} s, {memory:.2f} GB; TRL {theirs:.2f} s, "
-                  f"{their_memory:.2f} GB; {theirs / ours:.2f} times as fast", flush=True)
+            print(f"pair {number}: {pair}", flush=True)
     ratio = iteration.spread([pair["ratio"] for pair in pairs])
     print(f"TRL's time over ours: median {ratio[0]:.2f} (from {ratio[1]:.2f} to {ratio[2]:.2f})")
     result = {"shape": vars(shape), "flags": flags, "pairs": pairs, "ratio": ratio}

@@ -7,24 +7,13 @@ Your own logger is a function of one row, a dict.
 """
 
 import functools
-import importlib
-
-from common import UserError
-
-
-@functools.cache
-def load(module, package):
-    """Returns a module of an optional package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"--log needs the package {package}: pip install {package}") from None
 
 
 def numbers(row):
     """Returns {name: number} of a row; names of held-out results begin with eval/."""
-    prefix, result = f"{row['split']}/" if "split" in row else "", {}
+    prefix = f"{row['split']}/" if "split" in row else ""
     parts = {f"score_parts/{i}": part for i, part in enumerate(row.get("score_parts", []))}
+    result = {}
     for name, value in (row | parts).items():
         if isinstance(value, (int, float)) and name != "iteration":
             result[prefix + name] = value
@@ -33,7 +22,9 @@ def numbers(row):
 
 @functools.cache
 def summary_writer():
-    return load("torch.utils.tensorboard", "tensorboard").SummaryWriter()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter()
 
 
 def tensorboard(row):
@@ -43,7 +34,8 @@ def tensorboard(row):
 
 
 def wandb(row):
-    package = load("wandb", "wandb")
-    if package.run is None:
-        package.init()
-    package.log(numbers(row), step=row["iteration"])
+    import wandb
+
+    if wandb.run is None:
+        wandb.init()
+    wandb.log(numbers(row), step=row["iteration"])

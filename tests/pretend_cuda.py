@@ -1,21 +1,19 @@
 """Run the stages on CUDA devices that are only pretended, and count what makes the host wait.
 
-    python tests/pretend_cuda.py [--devices 2] [--fail PLACE] [--report FILE] ppo.py [flags]
-    python tests/pretend_cuda.py --jobs jobs.json
+    python tests/pretend_cuda.py JOBS.json     {name: [the arguments of a run, ...]}; prints the results
 
 A tensor on "cuda:0" is a wrapper that holds a CPU tensor: each operation computes real numbers on
 the CPU, and what real CUDA refuses raises here too. It pretends
 - devices: tensors of two devices in one operation raise, except for what CUDA allows (CPU scalars,
-  CPU indices, copies); .numpy() raises; autocast, autograd (a thread per device), fused and foreach
-  optimizers are those of CUDA; CUDA starts when it is first needed, as the real one does;
+  CPU indices, copies); autocast, autograd (a thread per device), fused and foreach optimizers are
+  those of CUDA; CUDA starts when it is first needed, as the real one does;
 - memory: bytes of live storages and their peak, behind torch.cuda.*memory_allocated;
-- errors: --fail PLACE:N raises out of memory at the N-th allocation or wait in a place: a function,
-  backward, or a phase and step of the run, like log-probabilities@2;
+- errors: --fail PHASE@STEP:N raises out of memory at the N-th allocation or wait there;
 - waiting: .item(), nonzero, indexing by a bool mask and blocking copies stop the host until the
-  device is done; each is counted by the line of the script's folder that caused it;
+  device is done; each is counted by the line of the scripts that caused it;
 - cumsum of floats, which raises under torch.use_deterministic_algorithms(True).
-The report also has the peak by phase and step, where random numbers were drawn on a device, where a
-float64 was made on one, and which functions of torch.cuda the scripts called.
+The report also has the peak by phase and step, where random numbers were drawn on a device, and
+where a float64 was made on one.
 
 It does not show speed, kernels (attention is the plain one; no TF32, no atomics, no --compile), the
 device's own random numbers, memory within an operation, fragmentation, streams or pinned memory. It
@@ -32,13 +30,14 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
-import types
 import weakref
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 GUARD = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -86,9 +85,9 @@ def load_guard():
     library = pathlib.Path(tempfile.gettempdir()) / f"pretend_cuda_{os.getuid()}_{key[:16]}.so"
     if not library.exists():
         fresh = library.with_suffix(f".{os.getpid()}")
-        command = ["g++", "-shared", "-fPIC", "-std=c++20", "-w", "-x", "c++", "-", "-o", fresh]
-        command += [f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
-        subprocess.run([*command, "-ltorch_cpu", "-lc10"], input=GUARD.encode(), check=True)
+        command = ["g++", "-shared", "-fPIC", "-std=c++20", "-w", "-x", "c++", "-", "-o", fresh, f"-I{include}"]
+        command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
+        subprocess.run(command, input=GUARD.encode(), check=True)
         fresh.replace(library)
     os.environ["PRETEND_CUDA_DEVICES"] = "1"
     ctypes.CDLL(str(library))
@@ -100,19 +99,16 @@ load_guard()
 import torch
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-WAITS = {"_local_scalar_dense": ".item()"} | {name: name for name in (
-    "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount",
-)}
+WAITS = ("nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 MIXES_SCALARS = {"where", "masked_fill", "masked_fill_", "fill_", "_fused_adam_", "_fused_adamw_"}
-options = argparse.Namespace(devices=1, fail=None, folder=os.getcwd())
-# {(what, phase, step, place): times}
-waits, draws, doubles = (collections.Counter() for _ in range(3))
-calls = collections.Counter()  # {(function of torch.cuda, place in the scripts): times}
+options = argparse.Namespace()  # of the run in this process
+noted = collections.Counter()  # {("waits", "draws" or "float64", what, phase, step, place): times}
 in_use, peak = collections.Counter(), collections.Counter()  # bytes by device index
-peaks = {}  # {(device index, phase, step): bytes}
-state = {"current": 0, "faults": 0, "started": "", "phase": "loading", "step": 0}
+peaks = collections.Counter()  # {(device index, phase, step): bytes}
+state = {"current": 0, "faults": 0, "phase": "loading", "step": 0}
 blocks = weakref.WeakValueDictionary()  # address -> Block
 
 
@@ -124,8 +120,8 @@ class Block:
         self.size, self.index = -(-size // 512) * 512, index  # rounded as by CUDA's allocator
         in_use[index] += self.size
         peak[index] = max(peak[index], in_use[index])
-        key = (index, *now())
-        peaks[key] = max(peaks.get(key, 0), in_use[index])
+        key = index, state["phase"], state["step"]
+        peaks[key] = max(peaks[key], in_use[index])
 
     def __del__(self):
         if hasattr(self, "index"):
@@ -155,15 +151,14 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
-    untyped_storage = lambda self: self.held.untyped_storage()
-    data_ptr = lambda self: self.held.data_ptr()
-    tolist = lambda self: self.cpu().tolist()
-    __repr__ = lambda self: f"{self.held!r} on {self.device}"
+    def untyped_storage(self):
+        return self.held.untyped_storage()
 
-    def numpy(self, *, force=False):
-        if not force:
-            raise TypeError(f"can't convert {self.device} device type tensor to numpy")
-        return self.detach().cpu().numpy()
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def tolist(self):
+        return self.cpu().tolist()
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
@@ -196,29 +191,22 @@ def on_device(device):
     return torch.device("cuda", index)
 
 
-def tensors_in(x):
-    """The tensors in a nest of lists, tuples and dicts."""
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, (list, tuple, dict)):
-        return sum(map(tensors_in, x.values() if isinstance(x, dict) else x), [])
-    return []
+def split(x):
+    """(the CudaTensors in a nest of lists, tuples and dicts, the other tensors in it)."""
+    ours, plain = [], []
+    for leaf in tree_leaves(x):
+        if isinstance(leaf, torch.Tensor):
+            (ours if isinstance(leaf, CudaTensor) else plain).append(leaf)
+    return ours, plain
 
 
-def mapped(function, x):
-    """The same nest of lists, tuples and dicts with function(tensor) in place of each tensor."""
-    if isinstance(x, torch.Tensor):
-        return function(x)
-    if isinstance(x, dict):
-        return {key: mapped(function, each) for key, each in x.items()}
-    return type(x)([mapped(function, e) for e in x]) if isinstance(x, (list, tuple)) else x
+def held_by(x):
+    return getattr(x, "held", x)
 
 
 def run(func, args, kwargs):
     """One operation: checked as CUDA would, computed on the CPU."""
-    tensors = tensors_in((args, kwargs))
-    ours = [x for x in tensors if isinstance(x, CudaTensor)]
-    plain = [x for x in tensors if not isinstance(x, CudaTensor)]
+    ours, plain = split((args, kwargs))
     target = on_device(kwargs.get("device"))
     if not ours and target is None:
         return func(*args, **kwargs)
@@ -226,57 +214,58 @@ def run(func, args, kwargs):
     home = None if to_host else target or ours[0].device
     check_devices(func, name, args, ours, plain)
     count_waits(name, args, kwargs, target, to_host)
-    if name == "cumsum" and torch.are_deterministic_algorithms_enabled():
-        if ours[0].is_floating_point():
-            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+    if name == "cumsum" and torch.are_deterministic_algorithms_enabled() and ours[0].is_floating_point():
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
     if torch.Tag.nondeterministic_seeded in func.tags and home is not None:
         if getattr(kwargs.get("generator"), "device", home).type == "cpu":
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        draws[name, *now(), place()] += 1
-    given, named = mapped(lambda x: getattr(x, "held", x), (args, kwargs))
+        note("draws", name)
+    given, named = tree_map_only(torch.Tensor, held_by, (args, kwargs))
     if "device" in named:
         named["device"] = torch.device("cpu")
     named.pop("pin_memory", None)
     result = func(*given, **named)
     known = {id(x.held): x for x in ours} | {id(x): x for x in plain}
 
-    def wrap(x):  # an operation in place returns what it was given
+    def wrap(x):
         if home is not None and x.dtype == torch.float64:
-            doubles[name, *now(), place()] += 1
-        return known[id(x)] if id(x) in known else x if home is None else CudaTensor(x, home)
+            note("float64", name)
+        if id(x) in known:  # an operation in place returns what it was given
+            return known[id(x)]
+        return x if home is None else CudaTensor(x, home)
 
-    return mapped(wrap, result)
+    return tree_map_only(torch.Tensor, wrap, result)
 
 
 def check_devices(func, name, args, ours, plain):
     if name in ("copy_", "_to_copy"):
         return
     if name in INDEXED:
-        strangers = {x.device for x in args[1] if x is not None} - {args[0].device}
-        if strangers - {torch.device("cpu")}:
-            raise RuntimeError("indices should be either on cpu or on the same device as the "
-                               f"indexed tensor ({args[0].device})")
-        tensors = [args[0], *tensors_in(args[2:3])]
-        ours = [x for x in tensors if isinstance(x, CudaTensor)]
-        plain = [x for x in tensors if not isinstance(x, CudaTensor)]
+        strangers = {x.device for x in args[1] if x is not None} - {args[0].device, torch.device("cpu")}
+        if strangers:
+            raise RuntimeError(f"indices should be either on cpu or on the indexed tensor's {args[0].device}")
+        ours, plain = split((args[0], args[2:3]))
     scalars = torch.Tag.pointwise in func.tags or name.startswith("_foreach")
     if scalars or name in MIXES_SCALARS | INDEXED:
         plain = [x for x in plain if x.dim() > 0]
-    devices = {x.device for x in [*ours, *plain]}
+    devices = {str(x.device) for x in [*ours, *plain]}
     if len(devices) > 1:
-        raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
-                           f"devices, {' and '.join(sorted(map(str, devices)))}! ({func})")
+        found = f"found at least two devices, {' and '.join(sorted(devices))}! ({func})"
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {found}")
 
 
 def count_waits(name, args, kwargs, target, to_host):
-    if name in WAITS:
-        wait(WAITS[name])
+    if name == "_local_scalar_dense":
+        wait(".item()")
+    elif name in WAITS:
+        wait(name)
     elif name in INDEXED and isinstance(args[0], CudaTensor):
-        for index in tensors_in(args[1]):
+        on_gpu, on_host = split(args[1])
+        for _ in on_host:
+            wait("copy of an index to the device")
+        for index in on_gpu:
             is_mask = index.dtype in (torch.bool, torch.uint8)
-            if not isinstance(index, CudaTensor):
-                wait("copy of an index to the device")
-            elif is_mask and (name == "index" or args[2].dim() > 0):  # else it is a masked_fill
+            if is_mask and (name == "index" or args[2].dim() > 0):  # else it is a masked_fill
                 wait("index by a mask")
     elif name == "_to_copy" and not kwargs.get("non_blocking"):
         if to_host or target is not None and target != args[0].device:
@@ -286,44 +275,25 @@ def count_waits(name, args, kwargs, target, to_host):
             wait("copy to the device" if isinstance(args[0], CudaTensor) else "copy to the host")
 
 
-def wait(kind):
+def wait(what):
     """The host waits for the device here."""
-    waits[kind, *now(), place()] += 1
+    note("waits", what)
     maybe_fail()
 
 
-def frames():
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-@functools.lru_cache(None)
-def owner_of(file):
-    """Whose a file is: the scripts', a library's, or nobody's that a reader asks about."""
-    if "site-packages" in file:
-        return "" if f"{os.sep}torch{os.sep}" in file else "library"
-    return "script" if file.startswith(options.folder) and file != __file__ else ""
+def note(kind, what):
+    noted[kind, what, state["phase"], state["step"], place()] += 1
 
 
 def place():
-    """The innermost line of the script's own folder, and the library's line that asked, if any."""
-    library = ""
-    for frame in frames():
-        owner = owner_of(frame.f_code.co_filename)
-        if owner == "script" or owner == "library" and not library:
-            file = os.path.basename(frame.f_code.co_filename)
-            here = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
-            if owner == "script":
-                return f"{here} <- {library}" if library else here
-            library = here
-    return library or "(in the backward pass)"
-
-
-def now():
-    """(phase, step) of the run, as harness.Run.phase and steps have it."""
-    return state["phase"], state["step"]
+    """The innermost line of the scripts."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        folder, file = os.path.split(frame.f_code.co_filename)
+        if folder == str(ROOT):
+            return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "(in the backward pass)"
 
 
 def follow_run():
@@ -342,80 +312,59 @@ def follow_run():
 
 def maybe_fail():
     """Raise what --fail asks for, if this is the place."""
-    where, _, number = (options.fail or "").partition(":")
-    if not where:
-        return
-    phase, at, step = where.partition("@")
-    if at:
-        is_here = now() == (phase, int(step))
-    else:
-        is_here = where in {frame.f_code.co_name for frame in frames()}
-        is_here |= where == "backward" and threading.current_thread() != threading.main_thread()
-    state["faults"] += is_here
-    if is_here and state["faults"] == int(number or 1):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    where, _, number = options.fail.partition(":")
+    if where == f"{state['phase']}@{state['step']}":
+        state["faults"] += 1
+        if state["faults"] == int(number or 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def make_tensor(original, data, **kwargs):
     """torch.tensor, which asks each tensor in a list for its number behind all modes' backs."""
-    if isinstance(data, (list, tuple)):
-        data = mapped(lambda x: x.item() if isinstance(x, CudaTensor) else x, data)
-    return original(data, **kwargs)
+    return original(tree_map_only(CudaTensor, CudaTensor.item, data), **kwargs)
 
 
 def start():
     """CUDA is needed for the first time: what was asked of it before is done."""
     if not torch.cuda._initialized:
-        torch.cuda._initialized, state["started"] = True, place()
+        torch.cuda._initialized = True
         for call in (*torch.cuda._lazy_seed_tracker.get_calls(), *torch.cuda._queued_calls):
             if call:
                 call[0]()
 
 
-def counted(name, function):
-    """The same function of torch.cuda; calls from the scripts' own lines are noted."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        if owner_of(sys._getframe(1).f_code.co_filename) == "script":
-            calls[name, place()] += 1
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def install(devices=1):
+def install(devices):
     """Give this process its devices; call it before anything has asked for CUDA."""
-    options.devices, os.environ["PRETEND_CUDA_DEVICES"] = devices, str(devices)
-    index_of = lambda device=None: on_device("cuda" if device is None else device).index
+    os.environ["PRETEND_CUDA_DEVICES"] = str(devices)
+
+    def index_of(device=None):
+        return on_device("cuda" if device is None else device).index
 
     def exchange(index):
         old, state["current"] = state["current"], max(index, 0)
         return old
 
+    def synchronize(device=None):
+        start()
+        index_of(device)
+        wait("synchronize")
+
+    def reset_peak(device=None):
+        peak[index_of(device)] = in_use[index_of(device)]
+
     replaced = {
-        "is_available": lambda: True, "device_count": lambda: devices, "_lazy_init": start,
-        "current_device": lambda: state["current"],
-        "set_device": lambda device: state.update(current=index_of(device)),
+        "_lazy_init": start, "synchronize": synchronize, "reset_peak_memory_stats": reset_peak,
         "_exchange_device": exchange, "_maybe_exchange_device": exchange,
-        "synchronize": lambda device=None: (start(), index_of(device), wait("synchronize"))[2],
+        "is_available": lambda: True, "device_count": lambda: devices, "current_device": lambda: state["current"],
+        "set_device": lambda device: state.update(current=index_of(device)),
         "memory_allocated": lambda device=None: in_use[index_of(device)],
         "max_memory_allocated": lambda device=None: peak[index_of(device)],
-        "reset_peak_memory_stats": lambda device=None: peak.update(
-            {index_of(device): in_use[index_of(device)] - peak[index_of(device)]}),
-        "empty_cache": lambda: None, "is_current_stream_capturing": lambda: False,
-        "is_bf16_supported": lambda including_emulation=True: True,
+        "is_current_stream_capturing": lambda: False, "is_bf16_supported": lambda including_emulation=True: True,
         "get_device_capability": lambda device=None: (9, 0),
-        "get_device_name": lambda device=None: "pretended",
         "default_generators": tuple(torch.Generator() for _ in range(devices)),
     }
     torch.cuda._queued_calls.clear()
-    for name in {*replaced, *torch.cuda.__all__}:
-        value = replaced.get(name, getattr(torch.cuda, name, None))
-        if isinstance(value, types.FunctionType):
-            value = value if name.startswith("_") else counted(name, value)
-        elif name not in replaced:
-            continue
+    for name, value in replaced.items():
         for module in (torch.cuda, torch.cuda.random):
             if module is torch.cuda or hasattr(module, name):
                 setattr(module, name, value)
@@ -427,44 +376,50 @@ def install(devices=1):
     torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+# === Runs =========================================================================================
+def run_script(argv):
+    """A stage with its arguments, in this process, on the devices of the options before them."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--fail", help="FUNCTION:N or PHASE@STEP:N, where memory runs out")
+    parser.add_argument("--fail", default="", help="PHASE@STEP:N, where memory runs out")
     parser.add_argument("--deterministic", action="store_true", help="only such algorithms")
-    parser.add_argument("--report", help="a JSON file for all that is counted")
-    parser.add_argument("--jobs", help="a JSON file, {name: [the arguments of a run, ...]}")
-    parser.add_argument("script", nargs="?")
+    parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     parser.parse_args(argv, namespace=options)
-
-
-def run_script():
-    """The script with its arguments, in this process, on the devices of the options."""
-    script = pathlib.Path(options.script).resolve()
-    options.folder = sys.path[0] = str(script.parent)
+    sys.path[0] = str(ROOT)
     sys.argv = [options.script, *options.arguments]
     install(options.devices)
     torch.use_deterministic_algorithms(options.deterministic)
     follow_run()
-    try:
-        with Pretend():
-            runpy.run_path(str(script), run_name="__main__")
-    finally:
-        if options.report:
-            pathlib.Path(options.report).write_text(json.dumps(report(), indent=1))
+    with Pretend():
+        runpy.run_path(str(ROOT / options.script), run_name="__main__")
 
 
 def report():
-    names = ("what", "phase", "step", "at")
-    rows = lambda counter: [dict(zip(names, k)) | {"times": n} for k, n in counter.most_common()]
-    of_phase = lambda k: dict(zip(("device", "phase", "step"), k))
-    return {
-        "started": state["started"], "peak": {f"cuda:{i}": n for i, n in peak.items()},
-        "peaks": [of_phase(k) | {"bytes": n} for k, n in peaks.items()],
-        "waits": rows(waits), "draws": rows(draws), "float64": rows(doubles),
-        "calls": [[*k, n] for k, n in calls.items()],
-    }
+    """What was counted, as JSON: peaks in bytes, and [what, phase, step, place, times] of the rest."""
+    found = {"peak": {f"cuda:{index}": size for index, size in peak.items()}, "waits": [], "draws": [], "float64": []}
+    found["peaks"] = [[*key, size] for key, size in peaks.items()]  # device index, phase, step
+    for (kind, *where), times in noted.most_common():
+        found[kind].append([*where, times])
+    return json.dumps(found)
+
+
+def in_child(argv, folder):
+    """One run of a job, its streams and its report in files; never returns."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    status = 0
+    try:
+        run_script(argv)
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    pathlib.Path(folder, "report").write_text(report())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def serve(jobs, at_once=2):
@@ -475,49 +430,24 @@ def serve(jobs, at_once=2):
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401, by its models
     from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
-    todo, running, results = [(name, 0) for name in jobs], {}, {name: [] for name in jobs}
-    with tempfile.TemporaryDirectory() as folder:
-        file_of = lambda name, i, kind: pathlib.Path(folder) / f"{name}.{i}.{kind}"
-        while todo or running:
-            while todo and len(running) < at_once:
-                name, i = todo.pop(0)
-                pid = os.fork()
-                if pid == 0:
-                    argv = ["--report", str(file_of(name, i, "report")), *jobs[name][i]]
-                    in_child(argv, *(file_of(name, i, kind) for kind in ("out", "err")))
-                running[pid] = name, i
-            pid, status = os.wait()
-            name, i = running.pop(pid)
-            found = {kind: file_of(name, i, kind).read_text() for kind in ("out", "err")}
-            if file_of(name, i, "report").exists():
-                found["report"] = json.loads(file_of(name, i, "report").read_text())
-            results[name].append({"status": os.waitstatus_to_exitcode(status)} | found)
-            if i + 1 < len(jobs[name]):
-                todo.insert(0, (name, i + 1))
+    todo, running, results = [*jobs], {}, {name: [] for name in jobs}
+    while todo or running:
+        while todo and len(running) < at_once:
+            name, folder = todo.pop(0), tempfile.mkdtemp()
+            pid = os.fork()
+            if pid == 0:
+                in_child(jobs[name][len(results[name])], folder)
+            running[pid] = name, pathlib.Path(folder)
+        pid, status = os.wait()
+        name, folder = running.pop(pid)
+        found = {file: (folder / file).read_text() for file in ("out", "err", "report")}
+        found["report"] = json.loads(found["report"])
+        results[name].append({"status": os.waitstatus_to_exitcode(status)} | found)
+        shutil.rmtree(folder)
+        if len(results[name]) < len(jobs[name]):
+            todo.insert(0, name)
     return results
 
 
-def in_child(argv, out, err):
-    """One run of a job, its streams in files; never returns."""
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    status = 0
-    try:
-        parse(argv)
-        run_script()
-    except SystemExit as stop:
-        status = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    parse(sys.argv[1:])
-    if options.jobs:
-        print(json.dumps(serve(json.loads(pathlib.Path(options.jobs).read_text()))))
-    else:
-        run_script()
+    print(json.dumps(serve(json.loads(pathlib.Path(sys.argv[1]).read_text()))))

@@ -4,18 +4,13 @@ A kind is a dict:
     eos                  what ends a reply; the tokenizer's EOS
     start                written before all messages
     default              the system message of a chat that has none
-    system, user, reply  a message, {} is its content; the system's may be "raise", or "first",
-                         which puts its words before the first user's
-    last                 the same as reply, for the last message
-    opens                the words that open the assistant's turn
-    finally              written after all messages
-    inline               <think>..</think> within a reply is kept (default), "drop" drops it always,
-                         "split" splits it off as a thought
+    system, user, reply  a message, {} is its content; the system's may be "raise", or "first": before the user's words
+    last, opens          the same as reply, for the last message; the words that open the assistant's turn
+    inline               <think>..</think> within a reply is kept (default), "drop"ped, or "split" off as a thought
     key                  where a message may have a thought besides
     thought, bare        how a thought after the last question is written; what stands there if none
     switch               (name, default, {value: {what of the above is another then}})
 """
-
 
 PROGRAM = r"""
 {{- k.start or '' -}}
@@ -25,22 +20,18 @@ PROGRAM = r"""
         {{- raise_exception('no system role') if k.system == 'raise' -}}
         {{- k.system.replace('{}', m.content) if k.system != 'first' -}}
     {%- elif m.role == 'user' -%}
-        {%- set follows = loop.index0 == 1 and messages[0].role == 'system' -%}
-        {%- set system = messages[0].content ~ '\n\n' if follows and k.system == 'first' else '' -%}
-        {{- k.user.replace('{}', system ~ m.content) -}}
+        {%- set is_told = k.system == 'first' and messages[loop.index0 - 1].role == 'system' -%}
+        {{- k.user.replace('{}', (messages[0].content ~ '\n\n' if is_told else '') ~ m.content) -}}
     {%- else -%}
         {%- set parts, thought = m.content.split('</think>'), m[k.key] or '' -%}
         {%- set reply = parts[-1].lstrip('\n') if k.inline else m.content -%}
-        {%- if k.inline == 'split' and parts | length == 2 -%}
-            {%- set thought = parts[0].split('<think>')[-1] -%}
-        {%- endif -%}
+        {%- set thought = parts[0].split('<think>')[-1] if k.inline == 'split' and parts[1] else thought -%}
         {%- set thought = k.thought.replace('{}', thought | trim) if thought else k.bare or '' -%}
-        {%- set later = messages[loop.index0:] | selectattr('role', 'equalto', 'user') | list -%}
-        {%- set thought = thought if k.thought and not later else '' -%}
-        {{- (k.last if k.last and loop.last else k.reply).replace('{}', thought ~ reply) -}}
+        {%- set is_shown = messages[loop.index0:] | rejectattr('role', 'equalto', 'assistant') | list == [] -%}
+        {{- (k.last if k.last and loop.last else k.reply).replace('{}', (thought if is_shown else '') ~ reply) -}}
     {%- endif -%}
 {%- endfor -%}
-{{- k.opens or '' if add_generation_prompt else k.finally or '' -}}
+{{- k.opens or '' if add_generation_prompt -}}
 """
 
 
@@ -48,8 +39,7 @@ def template(kind):
     """Returns a chat template of the kind."""
     name, default, changes = kind.get("switch", ("unused", None, {None: {}}))
     settings = {value: kind | change | {"switch": None} for value, change in changes.items()}
-    switch = f"{name} if {name} is defined else {default!r}"
-    return "{%- set k = " + f"{settings}[{switch}]" + " -%}" + PROGRAM
+    return f"{{%- set k = {settings}[{name} if {name} is defined else {default!r}] -%}}{PROGRAM}"
 
 
 def turns(before, after, roles="system user assistant", **more):
@@ -59,84 +49,41 @@ def turns(before, after, roles="system user assistant", **more):
     return forms | {"reply": reply + "{}" + after, "opens": reply, "eos": after.strip()} | more
 
 
-EMPTY = "<think>\n\n</think>\n\n"
+EMPTY, THINKS = "<think>\n\n</think>\n\n", "<|assistant|><think>\n"
 IM = turns("<|im_start|>ROLE\n", "<|im_end|>\n")
 THOUGHT = dict(inline="split", key="reasoning_content", thought="<think>\n{}\n</think>\n\n")
-FINAL, START = "<|channel|>final<|message|>", "<|start_of_role|>system<|end_of_role|>"
-GPT_OSS = turns("<|start|>ROLE<|message|>", "<|end|>", "developer user assistant") | dict(
+FINAL, EFFORT = "<|channel|>final<|message|>", "<|start|>system<|message|>Reasoning: {}<|end|>"
+OSS = turns("<|start|>ROLE<|message|>", "<|end|>", "developer user assistant") | dict(
     eos="<|return|>", reply=f"<|start|>assistant{FINAL}{{}}<|end|>", opens="<|start|>assistant",
     last="<|start|>assistant{}<|return|>", key="thinking", bare=FINAL,
-    thought="<|channel|>analysis<|message|>{}<|end|><|start|>assistant" + FINAL,
-    switch=("reasoning_effort", "medium", {
-        effort: dict(start=f"<|start|>system<|message|>Reasoning: {effort}<|end|>")
-        for effort in ("low", "medium", "high")
-    }),
+    thought=f"<|channel|>analysis<|message|>{{}}<|end|><|start|>assistant{FINAL}",
+    switch=("reasoning_effort", "medium", {x: dict(start=EFFORT.format(x)) for x in ("low", "medium", "high")}),
 )
-GEMMA = turns("<start_of_turn>ROLE\n", "<end_of_turn>\n", "system user model", start="<bos>")
-DEEPSEEK = dict(
-    eos="<|eos|>", start="<|bos|>", system="{}", user="<|User|>{}", reply="<|Assistant|>{}<|eos|>",
-    opens="<|Assistant|><think>\n", inline="drop",
-)
+DEEPSEEK = dict(eos="<|eos|>", start="<|bos|>", system="{}", user="<|User|>{}", inline="drop")
 KINDS = {
     "ChatML": IM,
-    "Qwen2.5": IM | dict(default="You are Qwen."),
-    "Qwen3": IM | THOUGHT | dict(bare=EMPTY, switch=("enable_thinking", True, {
-        True: {}, False: dict(opens=f"<|im_start|>assistant\n{EMPTY}"),
-    })),
-    "Qwen3, thinking": IM | THOUGHT | dict(bare=EMPTY, opens="<|im_start|>assistant\n<think>\n"),
-    "DeepSeek-R1": DEEPSEEK,
+    "Qwen3": IM | THOUGHT | dict(bare=EMPTY, switch=(
+        "enable_thinking", True, {True: {}, False: dict(opens=IM["opens"] + EMPTY)},
+    )),
+    "Qwen3, thinking": IM | THOUGHT | dict(bare=EMPTY, opens=IM["opens"] + "<think>\n"),
+    "DeepSeek-R1": DEEPSEEK | dict(reply="<|Assistant|>{}<|eos|>", opens="<|Assistant|><think>\n"),
     "DeepSeek-V3.1": DEEPSEEK | dict(
         user="<|User|>{}<|Assistant|>", reply="</think>{}<|eos|>",
         switch=("thinking", False, {False: dict(opens="</think>"), True: dict(opens="<think>")}),
     ),
-    "Llama 3": turns(
-        "<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", start="<|begin_of_text|>"
-    ),
-    "Gemma": GEMMA | dict(system="raise"),
-    "Gemma 3": GEMMA | dict(system="first"),
-    "Mistral": dict(
-        eos="</s>", start="<s>", system="first", user="[INST] {}[/INST]", reply=" {}</s>"
-    ),
+    "Gemma": turns("<start_of_turn>ROLE\n", "<end_of_turn>\n", "system user model", start="<bos>", system="raise"),
+    "Mistral": dict(eos="</s>", start="<s>", system="first", user="[INST] {}[/INST]", reply=" {}</s>"),
     "Magistral": dict(
-        eos="</s>", start="<s>", system="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", user="[INST]{}[/INST]",
-        reply="{}</s>", inline="split", thought="[THINK]{}[/THINK]",
+        eos="</s>", start="<s>", system="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", user="[INST]{}[/INST]", reply="{}</s>",
+        inline="split", thought="[THINK]{}[/THINK]",
     ),
-    "Phi": turns("<|ROLE|>\n", "<|end|>\n") | {"eos": "<|endoftext|>", "finally": "<|endoftext|>"},
     "Zephyr": turns("<|ROLE|>\n", "</s>\n"),
-    "gpt-oss": GPT_OSS,
-    "Granite": turns("<|start_of_role|>ROLE<|end_of_role|>", "<|end_of_text|>\n", switch=(
-        "thinking", False, {False: {}, True: dict(start=f"{START}Think first.<|end_of_text|>\n")},
-    )),
-    "SmolLM3": IM | THOUGHT | dict(switch=("enable_thinking", True, {
-        True: dict(start="<|im_start|>system\nMode: /think\n<|im_end|>\n"),
-        False: dict(start="<|im_start|>system\nMode: /no_think\n<|im_end|>\n", bare=EMPTY,
-                    opens=f"<|im_start|>assistant\n{EMPTY}"),
-    })),
-    "Cohere": turns(
-        "<|START_OF_TURN|><|ROLE|>", "<|END_OF_TURN|>", "SYSTEM USER CHATBOT", start="<BOS_TOKEN>"
-    ),
+    "gpt-oss": OSS,
     "GLM-4.5": THOUGHT | dict(
         eos="<|endoftext|>", start="[gMASK]<sop>", system="<|system|>\n{}", reply="<|assistant|>{}",
-        thought="\n<think>{}</think>\n", bare="\n<think></think>\n",
-        switch=("enable_thinking", True, {
-            True: dict(user="<|user|>\n{}", opens="<|assistant|>"),
-            False: dict(user="<|user|>\n{}/nothink", opens="<|assistant|>\n<think></think>"),
-        }),
-    ),
-    "Hunyuan": dict(
-        eos="<|eos|>", start="<|startoftext|>", system="{}<|extra_4|>", reply="{}<|eos|>",
-        inline="split", thought="<think>\n{}\n</think>\n<answer>\n",
-        switch=("enable_thinking", True, {
-            True: dict(user="{}<|extra_0|>"), False: dict(user="/no_think{}<|extra_0|>"),
-        }),
+        thought="\n<think>{}</think>\n", bare="\n<think></think>\n", user="<|user|>\n{}", opens="<|assistant|>",
     ),
     "Nemotron": turns("<|ROLE|>", "<|eot|>", start="<s>", inline="drop"),
-    "Nemotron Nano": turns("<|ROLE|>", "<|eot|>") | dict(
-        last="<|assistant|><think>\n{}<|eot|>", opens="<|assistant|><think>\n"
-    ),
+    "Nemotron Nano": turns("<|ROLE|>", "<|eot|>", last=f"{THINKS}{{}}<|eot|>", opens=THINKS),
     "Kimi": turns("<|ROLE|><|im_middle|>", "<|im_end|>", default="You are Kimi."),
-    "Vicuna": dict(
-        eos="</s>", start="<s>", system="{} ", user="USER: {} ", reply="ASSISTANT: {}</s>",
-        opens="ASSISTANT:",
-    ),
 }

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PREFERENCES, ROOT, read_rows, tiny_lm, write_rows
+from conftest import ROOT, read_rows, tiny_lm, write_rows
 from test_resume import contents
 
 sys.path.append(str(ROOT / "examples" / "beside_ppo"))
@@ -21,9 +21,7 @@ import common  # noqa: E402
 import harness  # noqa: E402
 import ppo  # noqa: E402
 
-LENGTH = "def length(prompts, responses, rows):\n    return [len(text) for text in responses]\n"
-RESULTS = ROOT / "docs" / "results"
-PAGE = ROOT / "examples" / "beside_ppo" / "README.md"
+PAGE = (ROOT / "examples" / "beside_ppo" / "README.md").read_text(encoding="utf-8")
 
 
 def sigma(x):
@@ -37,42 +35,40 @@ def double(*values):
 def flags_of(world, *more):
     pairs = world / "pairs.jsonl"
     return [
-        "--policy", world / "sft", "--data", pairs, "--eval-data", pairs, "--batch-size", 8,
-        "--epochs", 2, "--response-length", 20, "--lr", 1e-3, "--save-every", 2, "--eval-every", 3,
-        "--device", "cpu", *more,
+        "--policy", world / "sft", "--data", pairs, "--eval-data", pairs, "--batch-size", 8, "--epochs", 2,
+        "--response-length", 20, "--lr", 1e-3, "--save-every", 2, "--eval-every", 3, "--device", "cpu", *more,
     ]
 
 
 @pytest.fixture
 def spec(tmp_path):
     """A judge or reward: the length of a response."""
-    (tmp_path / "mine.py").write_text(LENGTH)
+    (tmp_path / "mine.py").write_text(
+        "def length(prompts, responses, rows):\n    return [len(text) for text in responses]\n"
+    )
     return f"{tmp_path / 'mine.py'}:length"
 
 
 # === Losses =======================================================================================
-def test_the_losses_by_hand():
-    chosen, rejected, beta, z = double(1.0, -2.0), double(-0.5, 0.25), 0.4, 0.3
-    by_hand = [-math.log(sigma(0.6)), -math.log(sigma(-0.9))]
-    assert dpo.dpo_loss(chosen, rejected, beta).tolist() == pytest.approx(by_hand, rel=1e-12)
-    by_hand = [0.25**2, 3.5**2]
-    assert dpo.ipo_loss(chosen, rejected, beta).tolist() == pytest.approx(by_hand, rel=1e-12)
-    by_hand = [1 - (sigma(0.4 * 0.7) + sigma(0.4 * 0.8)) / 2]
-    by_hand += [1 - (sigma(0.4 * -2.3) + sigma(0.4 * 0.05)) / 2]
-    assert dpo.kto_loss(chosen, rejected, beta, z).tolist() == pytest.approx(by_hand, rel=1e-12)
+@pytest.mark.parametrize("loss, by_hand", [
+    ("dpo", [-math.log(sigma(0.6)), -math.log(sigma(-0.9))]), ("ipo", [0.25**2, 3.5**2]),
+    ("kto", [1 - (sigma(0.4 * 0.7) + sigma(0.4 * 0.8)) / 2, 1 - (sigma(0.4 * -2.3) + sigma(0.4 * 0.05)) / 2]),
+])
+def test_the_losses_by_hand(loss, by_hand):
+    found = dpo.preference_loss(double(1.0, -2.0), double(-0.5, 0.25), loss, 0.4, 0.3)
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
 REWARDS, REF_LOGITS = double(1.0, -0.5, 0.3, 2.0, 0.0), double(0.2, 1.0, -1.0, 0.5, -0.3)
 
 
 def fitted(loss, beta):
-    """Returns h of each response where the loss over all pairs, each as often as people who follow
-    the rewards have it, is least.
+    """Returns h of each response where the loss over all pairs, each as often as people who follow the rewards
+    have it, is least.
     """
     logits = REF_LOGITS.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], max_iter=1200, tolerance_grad=1e-13, tolerance_change=0,
-        line_search_fn="strong_wolfe",
+        [logits], max_iter=1200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
     )
     win, lose = torch.tensor(list(itertools.permutations(range(len(REWARDS)), 2))).T
     share = torch.sigmoid(REWARDS[win] - REWARDS[lose])
@@ -80,7 +76,7 @@ def fitted(loss, beta):
     def closure():
         optimizer.zero_grad()
         h = logits.log_softmax(0) - REF_LOGITS.log_softmax(0)
-        total = (share * loss(h[win], h[lose], beta)).sum()
+        total = (share * dpo.preference_loss(h[win], h[lose], loss, beta)).sum()
         total.backward()
         return total
 
@@ -89,29 +85,21 @@ def fitted(loss, beta):
 
 
 def test_dpo_and_ipo_end_at_the_closed_forms_of_their_papers():
-    """DPO at pi_ref exp(r / beta) / Z. IPO at h_i - h_j = (p_i - p_j) / beta, where p_i is how
-    often i wins against a response drawn evenly.
+    """DPO at pi_ref exp(r / beta) / Z. IPO at h_i - h_j = (p_i - p_j) / beta, where p_i is how often i wins
+    against a response drawn evenly.
     """
     expected = (REF_LOGITS + REWARDS / 0.7).log_softmax(0)
-    found = fitted(dpo.dpo_loss, 0.7) + REF_LOGITS.log_softmax(0)
+    found = fitted("dpo", 0.7) + REF_LOGITS.log_softmax(0)
     assert torch.allclose(found, expected, atol=1e-6)
     assert not torch.allclose(found, REF_LOGITS.log_softmax(0), atol=0.1)
     wins = torch.sigmoid(REWARDS[:, None] - REWARDS[None]).mean(1)
-    h = fitted(dpo.ipo_loss, 0.7)
+    h = fitted("ipo", 0.7)
     assert torch.allclose(h - h[0], (wins - wins[0]) / 0.7, atol=1e-6)
-
-
-def test_a_pair_far_from_the_reference_point_moves_little_in_kto_and_much_in_ipo():
-    h = double(0.0, 30.0).requires_grad_()
-    [grad] = torch.autograd.grad(dpo.kto_loss(h, h.detach() * 0, 0.5, 0.0).sum(), h)
-    assert grad[0] == pytest.approx(-0.5 * 0.25 / 2) and abs(grad[1]) < 1e-6
-    [grad] = torch.autograd.grad(dpo.ipo_loss(h, h.detach() * 0, 0.5).sum(), h)
-    assert grad[0] == pytest.approx(-2) and grad[1] == pytest.approx(58)
 
 
 # === Log-ratios ===================================================================================
 @torch.no_grad()
-def test_log_ratios_are_those_of_each_text_alone_and_probabilities_add_up_to_one():
+def test_log_ratios_are_those_of_each_text_alone():
     policy, ref_policy = tiny_lm(), tiny_lm(1)
     texts = [(([2, 3], [4, 1]), ([2, 3], [5, 6, 7, 1])), (([8], [9, 9, 1]), ([8], [1]))]
 
@@ -120,50 +108,42 @@ def test_log_ratios_are_those_of_each_text_alone_and_probabilities_add_up_to_one
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].log_softmax(-1)
         return sum(logits[len(prompt_ids) - 1 + t, id] for t, id in enumerate(response_ids))
 
-    refs = dpo.all_logprobs(ref_policy, texts, 1, 0, None)
-    ratios = torch.stack(dpo.log_ratios(policy, texts, refs, 0), 1)
-    for row, pair in zip(ratios.tolist(), texts):
-        by_hand = [(alone(policy, text) - alone(ref_policy, text)).item() for text in pair]
-        assert row == pytest.approx(by_hand, abs=1e-4)
-    assert ratios.abs().min() > 1e-2
-    responses = [list(pair) for pair in itertools.product(range(6), repeat=2)]
-    texts = [(prompt_ids, ids) for prompt_ids in ([2, 3, 4], [5]) for ids in responses]
-    probabilities = dpo.response_logprobs(tiny_lm(vocab_size=6), texts, 0).exp().view(2, 36)
-    assert torch.allclose(probabilities.sum(1), torch.ones(2), atol=1e-5)
-    assert probabilities[0].std() > 1e-3
+    ratios = torch.stack(dpo.log_ratios(policy, texts, dpo.all_logprobs(ref_policy, texts, 1)), 1)
+    by_hand = [[alone(policy, text) - alone(ref_policy, text) for text in pair] for pair in texts]
+    assert torch.allclose(ratios, torch.tensor(by_hand), atol=1e-4) and ratios.abs().min() > 1e-2
 
 
 @torch.no_grad()
 def test_the_reference_point_is_a_mean_over_responses_to_other_prompts_and_never_below_0():
-    policy, ref_policy, cfg = tiny_lm(), tiny_lm(1), dpo.Config(microbatch_size=2)
+    policy, ref_policy = tiny_lm(), tiny_lm(1)
     pairs = [(([i], [i + 3, 1]), ([i], [i + 4, i + 5, 1])) for i in range(2, 7)]
     texts = dpo.with_unrelated(pairs, 0)
     for i, (chosen, rejected, (prompt_ids, response_ids)) in enumerate(texts):
         others = [pair for j, pair in enumerate(pairs) if j != i]
         assert (chosen, rejected) == pairs[i] and prompt_ids == [i + 2]
         assert response_ids in [ids for pair in others for _, ids in pair]
-    refs = dpo.all_logprobs(ref_policy, texts, 3, 0, None)
-    own = dpo.all_logprobs(policy, texts, 3, 0, None)
+    refs, own = dpo.all_logprobs(ref_policy, texts, 3), dpo.all_logprobs(policy, texts, 3)
     mean = (own - refs)[:, 2].mean().item()
-    points = [dpo.reference_point(policy, texts, refs, cfg, 0)]
-    points += [dpo.reference_point(ref_policy, texts, own, cfg, 0)]
+    points = [dpo.reference_point(policy, texts, refs, 2), dpo.reference_point(ref_policy, texts, own, 2)]
     assert points == pytest.approx([max(0, mean), max(0, -mean)], abs=1e-5) and abs(mean) > 0.1
     with pytest.raises(common.UserError, match="two pairs and two held-out ones"):
         dpo.with_unrelated(pairs[:1], 0)
 
 
 # === The stage ====================================================================================
-@pytest.mark.parametrize("loss, start", [
-    ("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("kto", 0.5),
+@pytest.mark.parametrize("loss, start, more", [
+    ("dpo", math.log(2), ["--lora-rank", 4]), ("ipo", 1 / (4 * 0.1**2), []), ("kto", 0.5, []),
 ])
 def test_a_run_starts_at_the_reference_and_learns_and_micro_batches_change_nothing(
-    loss, start, world, tmp_path, run_stage
+    loss, start, more, world, tmp_path, run_stage
 ):
+    if more:
+        pytest.importorskip("peft")
     logs = []
     for size in (8, 3):
-        more = ["--loss", loss, "--microbatch-size", size, "--output", tmp_path / f"{size}"]
-        status, out, err = run_stage(dpo, *flags_of(world, *more))
-        assert status == 0, err
+        output = ["--loss", loss, "--microbatch-size", size, "--output", tmp_path / f"{size}"]
+        status, out, err = run_stage(dpo, *flags_of(world, *output, *more))
+        assert status == 0 and ("M trained" in out) == bool(more), err
         logs.append(read_rows(tmp_path / f"{size}" / "metrics.jsonl"))
     rows, other = [[row for row in log if "split" not in row] for log in logs]
     assert rows[0]["loss"] == pytest.approx(start, rel=1e-4) and len(rows) == 6
@@ -176,6 +156,7 @@ def test_a_run_starts_at_the_reference_and_learns_and_micro_batches_change_nothi
     assert last["chosen_log_ratio"] > last["rejected_log_ratio"]
     assert "log-ratios chosen" in out and "true reward" not in out
     assert not (tmp_path / "8" / "samples.jsonl").exists()
+    assert (tmp_path / "8" / "adapter").is_dir() == bool(more)
     common.load_causal_lm(str(tmp_path / "8"), common.load_tokenizer(str(tmp_path / "8")))
 
 
@@ -184,16 +165,14 @@ def test_a_run_with_a_judge_resumes_bit_for_bit_also_between_last_checkpoint_and
     loss, step, spec, world, tmp_path, run_stage, monkeypatch
 ):
     whole = []  # rows without a prompt of their own
-    for row in PREFERENCES:
+    for row in read_rows(world / "pairs.jsonl"):
         whole.append({key: row["prompt"] + row[key] for key in ("chosen", "rejected")})
-    eval_data = write_rows(tmp_path / "whole.jsonl", whole)
-    flags = flags_of(world, "--loss", loss, "--judge", spec, "--eval-data", eval_data)
+    flags = flags_of(world, "--loss", loss, "--judge", spec, "--eval-prompts", world / "prompts.jsonl")
+    flags += ["--eval-data", write_rows(tmp_path / "whole.jsonl", whole)]
     status, out, err = run_stage(dpo, *flags, "--output", tmp_path / "whole")
     assert status == 0, err
-    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
-    evals = [row for row in rows if row.get("split") == "eval"]
-    assert [row["iteration"] for row in evals] == [0, 3, 6]
-    assert evals[0]["kl"] == 0 and evals[-1]["kl"] != 0
+    evals = [row for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if row.get("split") == "eval"]
+    assert [row["iteration"] for row in evals] == [0, 3, 6] and evals[0]["kl"] == 0 and evals[-1]["kl"] != 0
     for row in read_rows(tmp_path / "whole" / "samples.jsonl"):
         assert row["true_reward"] == len(row["response"]) and row["prompt"]
     clip, calls = dpo.clip_grad_norm_, []
@@ -204,7 +183,7 @@ def test_a_run_with_a_judge_resumes_bit_for_bit_also_between_last_checkpoint_and
             raise ZeroDivisionError
         return clip(*arguments)
 
-    where = (dpo.harness.Run, "finish") if step == "end" else (dpo, "clip_grad_norm_")
+    where = (harness.Run, "finish") if step == "end" else (dpo, "clip_grad_norm_")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(*where, crash)
         run_stage(dpo, *flags, "--output", tmp_path / "parts")
@@ -215,29 +194,17 @@ def test_a_run_with_a_judge_resumes_bit_for_bit_also_between_last_checkpoint_and
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_adapters_alone_are_trained(world, tmp_path, run_stage):
-    pytest.importorskip("peft")
-    more = ["--lora-rank", 4, "--output", tmp_path / "out", "--epochs", 1]
-    status, out, err = run_stage(dpo, *flags_of(world, *more))
-    assert status == 0 and "M trained" in out and (tmp_path / "out" / "adapter").is_dir(), err
-    first = read_rows(tmp_path / "out" / "metrics.jsonl")[0]
-    assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)
-
-
 SAME = {"prompt": "A fox", "chosen": " runs.", "rejected": " runs."}
 
 
 @pytest.mark.parametrize("row, more, message", [
-    (SAME, [], "none can be used"),
-    ({"prompt": "A fox", "chosen": " runs."}, [], "line 1 has the keys"),
-    (None, ["--beta", 0], "--beta is 0"),
-    (None, ["--eval-prompts", "nowhere.jsonl"], "name one with --judge"),
-    (None, ["--loss", "rpo"], "invalid choice"),
+    (SAME, [], "none can be used"), ({"prompt": "A fox", "chosen": " runs."}, [], "line 1 has the keys"),
+    (SAME, ["--beta", 0], "--beta is 0"), (SAME, ["--eval-prompts", "nowhere.jsonl"], "name both"),
+    (SAME, ["--loss", "rpo"], "invalid choice"),
 ])
 def test_bad_input_is_refused_in_one_line(row, more, message, world, tmp_path, run_stage):
-    data = ["--data", write_rows(tmp_path / "rows.jsonl", [row] * 30)] if row else []
-    flags = flags_of(world, *data, *more, "--output", tmp_path / "out")
-    status, _, err = run_stage(dpo, *flags)
+    data = write_rows(tmp_path / "rows.jsonl", [row] * 30)
+    status, _, err = run_stage(dpo, *flags_of(world, "--data", data, *more, "--output", tmp_path / "out"))
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "out").exists()
 
@@ -247,17 +214,14 @@ def test_the_best_of_n_is_the_mean_over_all_sets_of_n():
     generator = torch.Generator().manual_seed(0)
     scores, values = torch.rand(2, 3, 6, generator=generator, dtype=torch.float64)
     for n, row in itertools.product((1, 2, 4, 6), range(3)):
-        sets = list(itertools.combinations(range(6), n))
-        best = [max(some, key=lambda i: scores[row, i]) for some in sets]
-        expected = sum(values[row, i].item() for i in best) / len(sets)
-        found = best_of_n.best_of(scores, values, n)[row].item()
-        assert found == pytest.approx(expected, rel=1e-12)
+        best = [max(some, key=scores[row].__getitem__) for some in itertools.combinations(range(6), n)]
+        expected = statistics.fmean(values[row, i].item() for i in best)
+        assert best_of_n.best_of(scores, values, n)[row].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_kl_of_best_of_n_is_at_most_its_bound_and_near_it_for_many_outcomes():
     for number, n in ((3, 4), (5, 2), (4000, 8)):
-        generator = torch.Generator().manual_seed(1)
-        pi = torch.rand(number, generator=generator, dtype=torch.float64) + 0.1
+        pi = torch.rand(number, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
         pi = pi / pi.sum()  # outcome i has score i
         cumulated = pi.cumsum(0)
         best = cumulated**n - (cumulated - pi).clamp(min=0) ** n  # the greatest of n draws
@@ -266,12 +230,10 @@ def test_the_kl_of_best_of_n_is_at_most_its_bound_and_near_it_for_many_outcomes(
     assert best_of_n.kl_bound(1) == 0
 
 
-def test_the_best_response_by_score_is_written_and_the_table_has_n_itself(
-    spec, world, tmp_path, run_stage
-):
+def test_the_best_response_by_score_is_written_and_the_table_has_n_itself(spec, world, tmp_path, run_stage):
     asked = [row | {"topic": "animals"} for row in read_rows(world / "prompts.jsonl")]
-    flags = ["--policy", world / "sft", "--reward", spec, "--judge", spec, "--n", 3]
-    flags += ["--prompts", write_rows(tmp_path / "mine.jsonl", asked), "--batch-size", 10]
+    flags = ["--policy", world / "sft", "--reward", spec, "--judge", spec, "--n", 3, "--batch-size", 10]
+    flags += ["--prompts", write_rows(tmp_path / "mine.jsonl", asked)]
     flags += ["--response-length", 6, "--device", "cpu", "--output", tmp_path / "best.jsonl"]
     status, out, err = run_stage(best_of_n, *flags)
     assert status == 0, err
@@ -286,7 +248,7 @@ def test_the_best_response_by_score_is_written_and_the_table_has_n_itself(
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--output", "{tmp}/mine.py/best.jsonl"], "can't write --output"),  # before it samples
+    (["--output", "{tmp}"], "Is a directory"),  # before it samples
     (["--output", "{tmp}/mine.jsonl"], "would replace --prompts"),
     (["--reward", "{tmp}/mine.py:fail", "{tmp}/mine.py:fail"], "names one twice"),
     ([], "start it with python"),
@@ -297,11 +259,9 @@ def test_best_of_n_is_refused_before_it_samples_and_replaces_no_input(
     (tmp_path / "mine.py").write_text("def fail(prompts, responses, rows):\n    raise ValueError\n")
     prompts = shutil.copy(world / "prompts.jsonl", tmp_path / "mine.jsonl")
     monkeypatch.setattr(harness, "IS_TORCHRUN", not more)
-    flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'mine.py'}:fail"]
+    flags = ["--policy", world / "sft", "--reward", f"{tmp_path / 'mine.py'}:fail", "--device", "cpu"]
     flags += ["--prompts", prompts, "--response-length", 6, "--output", tmp_path / "best.jsonl"]
-    flags += ["--device", "cpu"]
-    flags += [word.format(tmp=tmp_path) for word in more]
-    status, _, err = run_stage(best_of_n, *flags)
+    status, _, err = run_stage(best_of_n, *flags, *[word.format(tmp=tmp_path) for word in more])
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "best.jsonl").exists()
     assert read_rows(prompts) == read_rows(world / "prompts.jsonl")
@@ -320,16 +280,15 @@ def small(spec, world, tmp_path):
 
 
 def test_every_command_of_the_comparison_is_one_that_its_script_takes(small):
-    folders = []
+    folders = set()
     for name, method in compare.METHODS.items():
         for coefficient in method.coefficients:
             job = compare.job_of(small, small.data, 0, name, coefficient, evaluates=False)
             script = dpo if job["command"][0] == compare.DPO else ppo
             cfg = harness.parse_args(script.Config, "", job["command"][1:])
             assert getattr(cfg, method.flag[2:].replace("-", "_")) == coefficient
-            assert cfg.policy == str(small.data / "seed0" / "sft")
-            folders.append(job["folder"])
-    assert len(set(folders)) == len(folders)
+            assert cfg.policy == str(small.data / "seed0" / "sft") and job["folder"] not in folders
+            folders.add(job["folder"])
 
 
 def test_the_stories_are_cut_after_two_sentences_and_its_runs_get_their_flags(tmp_path):
@@ -338,14 +297,12 @@ def test_the_stories_are_cut_after_two_sentences_and_its_runs_get_their_flags(tm
     rows += [*rows[:5], {"prompt": "No end", "completion": "..."}]
     world = compare.story_world(tmp_path, "MODEL", write_rows(tmp_path / "stories.jsonl", rows))
     prompts = {}
-    for name in ("heldout", "choice", "pair"):
-        rows = read_rows(tmp_path / f"{name}_prompts.jsonl")
-        prompts[name] = {row["prompt"] for row in rows}
-    assert len(prompts["heldout"]) == len(prompts["choice"]) == 256
+    for name in ("heldout_prompts", "choice_prompts", "pair_prompts", "demonstrations"):
+        prompts[name] = {row["prompt"] for row in read_rows(tmp_path / f"{name}.jsonl")}
+    assert prompts.pop("demonstrations") == prompts["pair_prompts"]
+    assert len(prompts["heldout_prompts"]) == len(prompts["choice_prompts"]) == 256
     assert len(set().union(*prompts.values())) == sum(map(len, prompts.values()))
-    demonstrations = read_rows(tmp_path / "demonstrations.jsonl")
-    assert {row["prompt"] for row in demonstrations} == prompts["pair"]
-    for row in demonstrations:
+    for row in read_rows(tmp_path / "demonstrations.jsonl"):
         assert row["completion"].endswith('!" Then he slept.') or row["prompt"] == "No end"
     command = compare.first_jobs(world, tmp_path, 0)[0]["command"]
     assert command[1:4] == ["--model", "MODEL", "--data"]
@@ -356,29 +313,22 @@ def test_the_stories_are_cut_after_two_sentences_and_its_runs_get_their_flags(tm
         assert cfg.eval_prompts == [str(tmp_path / "heldout_prompts.jsonl")]
 
 
-def test_a_policy_is_measured_once_and_pairs_of_its_samples_are_rated_by_the_judge(
-    small, monkeypatch
-):
+def test_a_policy_is_measured_once_and_pairs_of_its_samples_are_rated_by_the_judge(small, monkeypatch):
     jobs = {job["folder"].name: job for job in compare.first_jobs(small, small.data, 0)}
     result = compare.run_job(jobs["sft_measured"])
     assert result["heldout"]["kl"] == 0  # the SFT policy is its own reference
     assert {*result["heldout"]} == {"true_reward", "score", "kl", "words", "different"}
-    monkeypatch.setattr(compare, "measure", None)
-    assert compare.run_job(jobs["sft_measured"]) == json.loads(json.dumps(result))  # not done again
+    assert compare.run_job(jobs["sft_measured"] | {"measure": None}) == result  # not done again
     rows = compare.run_job(jobs["best_of_n"])["best_of"]
     assert [row["n"] for row in rows] == [1, 2, 4] and rows[0]["kl"] == 0
     assert rows[0]["score"] < rows[1]["score"] < rows[2]["score"]
     compare.run_job(jobs["pairs"])
     pairs = read_rows(small.data / "seed0" / "pairs.jsonl")
-    right = [len(row["chosen"]) > len(row["rejected"]) for row in pairs]
-    assert len(pairs) > 6 and sum(right) > 0.7 * len(right)
-    assert all(len(row["chosen"]) != len(row["rejected"]) for row in pairs)
+    gaps = [len(row["chosen"]) - len(row["rejected"]) for row in pairs]
+    assert len(pairs) > 6 and 0 not in gaps and sum(gap > 0 for gap in gaps) > 0.7 * len(gaps)
 
 
-def test_a_fork_is_the_project_with_the_patch_and_choice_prompts_are_new(tmp_path):
-    text = (compare.forked(tmp_path, "rloo.patch") / "ppo.py").read_text()
-    assert "def rloo(" in text and "def rloo(" not in (ROOT / "ppo.py").read_text()
-    assert (tmp_path / "rloo" / "harness.py").exists()
+def test_the_prompts_for_the_choice_are_in_no_file_of_the_world(tmp_path):
     compare.embedded_world(tmp_path)
     chosen = {row["prompt"] for row in read_rows(tmp_path / "choice_prompts.jsonl")}
     for path in (ROOT / "data").glob("*.jsonl"):
@@ -388,74 +338,37 @@ def test_a_fork_is_the_project_with_the_patch_and_choice_prompts_are_new(tmp_pat
 
 def test_the_coefficient_is_chosen_by_the_true_reward_on_the_prompts_for_the_choice():
     results = {}
-    for c, seed in itertools.product(compare.METHODS["KTO"].coefficients, (0, 1)):
-        results["KTO", c, seed] = {"choice": {"true_reward": 1.0}, "heldout": {"true_reward": 5.0}}
-    second = compare.METHODS["KTO"].coefficients[1]
-    for seed, reward in ((0, 0.5), (1, 2.0)):
-        choice = {"choice": {"true_reward": reward}, "heldout": {"true_reward": 0.0}}
-        results["KTO", second, seed] = choice
-    assert compare.choose(results, "KTO", (0, 1)) == second
+    for (i, c), seed in itertools.product(enumerate(compare.METHODS["KTO"].coefficients), (0, 1)):
+        choice = (0.5, 2.0)[seed] if i == 1 else 1.0
+        results["KTO", c, seed] = {"choice": {"true_reward": choice}, "heldout": {"true_reward": 5.0 - 5 * (i == 1)}}
+    assert compare.choose(results, "KTO", (0, 1)) == compare.METHODS["KTO"].coefficients[1]
 
 
 def fake_run(kl):
     held_out = {"true_reward": 1 + kl / 4, "score": kl / 3, "kl": kl, "different": 0.5}
-    curve = [{"kl": kl * i / 3, "true_reward": 1 + i / 9, "score": i / 5} for i in range(4)]
-    return {"heldout": held_out, "cpu_seconds": 30.0, "peak_memory_gb": 0.5, "curve": curve}
+    return {"heldout": held_out, "cpu_seconds": 30.0, "peak_memory_gb": 0.5}
 
 
-def test_the_table_has_the_chosen_coefficient_with_its_spread_and_the_picture_is_drawn(tmp_path):
-    runs = {"0.1": dict(zip("012", map(fake_run, (3.0, 3.5, 3.2))))}
-    runs |= {"0.3": dict(zip("01", map(fake_run, (1.0, 1.1))))}
-    methods = {}
-    for name, flag in (("PPO", "--kl-coef"), ("DPO", "--beta")):
-        methods[name] = {"flag": flag, "chosen": 0.1, "runs": runs}
-    best = []
-    for i in range(9):
-        row = {"n": 2**i, "kl": best_of_n.kl_bound(2**i), "score": i / 4, "true_reward": 1 + i / 4}
-        best.append(row)
-    result = {"methods": methods, "best_of_n": {"0": best, "1": best}}
-    result["sft"] = {"0": fake_run(0.0), "1": fake_run(0.0)}
-    lines = compare.table(result)
-    cells = "1.81 ± 0.06 | 3.23 ± 0.25 | 1.08 ± 0.08 | 0.50 ± 0.00 | 30 | 0.50 | 3 |"
-    assert f"| DPO | `--beta 0.1` | {cells}" in lines
-    cells = "1.50 ± 0.00 | at most 0.64 | 0.50 ± 0.00 |  |  |  | 2 |"
-    assert f"| best of n | n = 4 | {cells}" in lines
-    cells = "1.26 ± 0.02 | 1.05 ± 0.07 | 0.35 ± 0.02 | 0.50 ± 0.00 | 2 |"
-    assert f"| PPO | `--kl-coef 0.3` | {cells}" in compare.sweep_table(result)
+def test_the_table_has_the_chosen_coefficient_with_its_spread():
+    runs = {"0.1": dict(zip("012", map(fake_run, (3.0, 3.5, 3.2)))), "0.3": dict(zip("01", map(fake_run, (1.0, 1.1))))}
+    methods = {"PPO": {"flag": "--kl-coef", "chosen": 0.1, "runs": runs}}
+    best = [{"n": 2**i, "kl": best_of_n.kl_bound(2**i), "score": i / 4, "true_reward": 1 + i / 4} for i in range(9)]
+    result = {"methods": methods, "best_of_n": {"0": best, "1": best}, "sft": {"0": fake_run(0.0), "1": fake_run(0.0)}}
+    lines = compare.table(result) + compare.sweep_table(result)
+    for line in (
+        "PPO | `--kl-coef 0.1` | 1.81 ± 0.06 | 3.23 ± 0.25 | 1.08 ± 0.08 | 0.50 ± 0.00 | 30 | 0.50 | 3",
+        "best of n | n = 4 | 1.50 ± 0.00 | at most 0.64 | 0.50 ± 0.00 |  |  |  | 2",
+        "PPO | `--kl-coef 0.3` | 1.26 ± 0.02 | 1.05 ± 0.07 | 0.35 ± 0.02 | 0.50 ± 0.00 | 2",
+    ):
+        assert f"| {line} |" in lines
     assert compare.spread([1.5]) == "1.50"  # one value has no spread
+
+
+@pytest.mark.parametrize("name", ["beside_ppo", "beside_ppo_stories"])
+def test_the_tables_of_the_page_are_those_of_the_results_and_the_picture_is_drawn(name, tmp_path):
+    result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    for line in compare.table(result) + compare.sweep_table(result):
+        assert line in PAGE
     pytest.importorskip("matplotlib")
     compare.draw(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-
-
-# === The page =====================================================================================
-@pytest.mark.parametrize("name", ["beside_ppo", "beside_ppo_stories"])
-def test_the_tables_of_the_page_are_those_of_the_results(name):
-    page = PAGE.read_text(encoding="utf-8")
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    for line in compare.table(result) + compare.sweep_table(result):
-        assert line in page
-
-
-def both(values, sign=""):
-    return f"{statistics.mean(values):{sign}.2f} ± {statistics.stdev(values):.2f}"
-
-
-def test_the_page_has_the_knobs_that_were_measured():
-    """Mean ± std of true reward, KL and score, the differences to best of n, and with five seeds
-    those to the default, seed by seed.
-    """
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
-    result = json.loads((RESULTS / "ppo_knobs.json").read_text(encoding="utf-8"))
-    for runs in (result["runs"], result["five_seeds"]):
-        default = list(runs[0]["seeds"].values())
-        for run in runs:
-            seeds = list(run["seeds"].values())
-            cells = [both([row[key] for row in seeds]) for key in ("true_reward", "kl", "score")]
-            for key in ("true_reward", "kl") if len(seeds) == 5 else ():
-                gaps = [row[key] - old[key] for row, old in zip(seeds, default)]
-                cells.append("" if run is runs[0] else both(gaps, "+"))
-            for key in ("score_less_best_of_n", "true_less_best_of_n"):
-                cells.append(f"{statistics.mean(row[key] for row in seeds):+.2f}")
-            assert [run["flags"], *cells] in [row[: 1 + len(cells)] for row in rows], cells

@@ -5,9 +5,7 @@ import json
 import re
 
 import pytest
-import torch
-from conftest import DEMONSTRATIONS, tiny_lm, write_rows
-from safetensors.torch import load_file
+from conftest import DEMONSTRATIONS, write_rows
 from test_cli import refused
 
 import common
@@ -33,8 +31,7 @@ def message(role, content):
 
 CHAT = [
     message("system", "Be kind."), message("user", "A fox meets a cub."),
-    message("assistant", "The fox helps the cub."), message("user", "An owl?"),
-    message("assistant", "The owl sings."),
+    message("assistant", "The fox helps the cub."), message("user", "An owl?"), message("assistant", "The owl sings."),
 ]
 GO_AWAY = [message("assistant", "Go away.")]
 
@@ -53,9 +50,8 @@ def test_one_conversation_has_the_same_ids_in_all_stages_with_one_bos_and_one_eo
     tokenizer, cfg, eos_ids = a_tokenizer(), sft.Config(), []
     prompt, response = CHAT[:-1], CHAT[-1:]
     text = (
-        "<|start|><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nA fox meets a cub."
-        "<|im_end|>\n<|im_start|>assistant\nThe fox helps the cub.<|im_end|>\n<|im_start|>user\n"
-        "An owl?<|im_end|>\n<|im_start|>assistant\n"
+        "<|start|><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nA fox meets a cub.<|im_end|>\n<|im_start|>"
+        "assistant\nThe fox helps the cub.<|im_end|>\n<|im_start|>user\nAn owl?<|im_end|>\n<|im_start|>assistant\n"
     )
     expected, answer, refusal = tokenizer(
         [text, "The owl sings.<|im_end|>", "Go away.<|im_end|>"], add_special_tokens=False
@@ -63,10 +59,7 @@ def test_one_conversation_has_the_same_ids_in_all_stages_with_one_bos_and_one_eo
     paths = [write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt}])]
     (row,), _ = ppo.load_prompts(ppo.Config(prompts=paths, eval_prompts=paths), tokenizer)
     assert row.prompt_ids == expected and row == {"prompt": prompt}
-    for row in (
-        {"prompt": prompt, "completion": response}, {"messages": CHAT},
-        {"prompt": prompt, "completion": "The owl sings."},
-    ):
+    for row in ({"messages": CHAT}, *({"prompt": prompt, "completion": x} for x in (response, "The owl sings."))):
         assert list(sft.encode_row(row, tokenizer, eos_ids, cfg))[-1] == (expected, answer)
     for row in (
         {"prompt": prompt, "chosen": response, "rejected": GO_AWAY},
@@ -81,15 +74,11 @@ def test_one_conversation_has_the_same_ids_in_all_stages_with_one_bos_and_one_eo
 
 def test_a_response_ends_where_the_policys_own_would_whatever_the_template_writes_after_it():
     """Phi-3's template ends the turn, then the text; a model that lists both stops at the first."""
-    template = CHATML + "{% if not add_generation_prompt %}<|end|>{% endif %}"
-    tokenizer = a_tokenizer(template, "<|end|>")
-    end, im_end = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
-    for reply, text in (
-        (CHAT[2:3], "The fox helps the cub.<|im_end|>"),
-        (CHAT[2:], "The fox helps the cub.<|im_end|>\n<|im_start|>user\nAn owl?<|im_end|>\n"
-                   "<|im_start|>assistant\nThe owl sings.<|im_end|>"),
-    ):
-        _, ids = common.encode(tokenizer, CHAT[:2], reply, [end, im_end])
+    tokenizer = a_tokenizer(CHATML + "{% if not add_generation_prompt %}<|end|>{% endif %}", "<|end|>")
+    ends, turn = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"]), "The fox helps the cub.<|im_end|>"
+    later = "\n<|im_start|>user\nAn owl?<|im_end|>\n<|im_start|>assistant\nThe owl sings.<|im_end|>"
+    for reply, text in ((CHAT[2:3], turn), (CHAT[2:], turn + later)):
+        _, ids = common.encode(tokenizer, CHAT[:2], reply, ends)
         assert tokenizer.decode(ids) == text
     tokenizer = a_tokenizer()
     for content in ("", " ", "user", "assistant\n"):  # no words, or words that the template writes
@@ -99,19 +88,16 @@ def test_a_response_ends_where_the_policys_own_would_whatever_the_template_write
         _, several = common.encode(tokenizer, CHAT[:2], CHAT[2:4] + silent)
         assert several[-len(ids) :] == ids
     tokenizer = a_tokenizer(HH, "<|end|>")  # the template writes no EOS, and words may hold one
-    for words in ("Hi.", "Write <|end|> to stop. More."):
+    for words in ("Hi.", "Write <|end|> to stop. More.", "The end.<|end|>"):
         _, ids = common.encode(tokenizer, CHAT[1:2], [message("assistant", words)])
-        assert tokenizer.decode(ids) == f" {words}<|end|>"
-    _, ids = common.encode(tokenizer, CHAT[1:2], [message("assistant", "The end.<|end|>")])
-    assert tokenizer.decode(ids) == " The end.<|end|>"
+        assert tokenizer.decode(ids) == f" {words.removesuffix('<|end|>')}<|end|>"
 
 
 def test_each_turn_of_the_assistant_is_one_example_that_answers_the_chat_before_it():
     both = [(CHAT[:2], CHAT[2:3]), (CHAT[:4], CHAT[4:5])]
     assert sft.row_dialogues({"messages": CHAT}) == both
     assert sft.row_dialogues({"prompt": CHAT[:4], "completion": CHAT[4:]}) == both[1:]
-    opening = sft.row_dialogues({"messages": CHAT[2:]})  # an opening answers nothing
-    assert opening == [(CHAT[2:4], CHAT[4:5])]
+    assert sft.row_dialogues({"messages": CHAT[2:]}) == [(CHAT[2:4], CHAT[4:5])]  # an opening answers nothing
     twice = CHAT[:3] + CHAT[2:3]  # the second of two answers in a row answers nothing
     assert sft.row_dialogues({"messages": twice}) == both[:1]
     pair = reward_model.preference({"chosen": twice, "rejected": CHAT[:3] + CHAT[4:5]})
@@ -135,31 +121,22 @@ def test_a_template_that_fails_on_a_chat_is_named_with_file_and_line(tmp_path, t
         ppo.load_prompts(ppo.Config(prompts=paths, eval_prompts=paths), a_tokenizer(template))
 
 
-PROMPTS_REFUSED = [
-    (CHAT[:3], "ends with the assistant's message"), ([], "needs a string or messages"),
-    (["hello"], "needs a string or messages"),
-    ([message("user", [{"type": "text"}])], "needs a string or messages"),
-]
-PAIRS_REFUSED = [
-    ({"chosen": "a", "rejected": CHAT}, "a string as one response and messages as the other"),
-    ({"chosen": CHAT[:2], "rejected": CHAT}, "does not end with the assistant's message"),
-    ({"chosen": CHAT[2:3], "rejected": CHAT[4:]}, "without a common message"),
-    ({"chosen": CHAT[1:3], "rejected": CHAT[3:]}, "without a common message"),
-    ({"prompt": "Another question.", "chosen": CHAT, "rejected": CHAT[:4] + CHAT[2:3]},
-     "a string as the prompt that is no message of the two chats"),
-    ({"prompt": CHAT[:4], "chosen": CHAT, "rejected": CHAT[2:3]},
-     "the prompt within one of the two responses and not the other"),
-]
-
-
 def test_prompts_and_pairs_that_are_no_chat_to_answer_are_refused(tmp_path):
-    for prompt, problem in PROMPTS_REFUSED:
+    for prompt in (CHAT[:3], [], ["hello"], [message("user", [{"type": "text"}])]):
+        problem = "ends with the assistant's message" if prompt == CHAT[:3] else "needs a string or messages"
         path = write_rows(tmp_path / "chats.jsonl", [{"prompt": prompt}])
         with pytest.raises(common.UserError, match=f"chats.jsonl line 1 .*{problem}"):
             ppo.load_prompts(ppo.Config(prompts=[path], eval_prompts=[path]), a_tokenizer())
-    for row, problem in PAIRS_REFUSED:
+    for prompt, chosen, rejected, problem in (
+        (None, "a", CHAT, "a string as one response and messages as the other"),
+        (None, CHAT[:2], CHAT, "does not end with the assistant's message"),
+        (None, CHAT[2:3], CHAT[4:], "without a common message"),
+        (None, CHAT[1:3], CHAT[3:], "without a common message"),
+        ("Another question.", CHAT, CHAT[:4] + CHAT[2:3], "a string as the prompt that is no message of the two chats"),
+        (CHAT[:4], CHAT, CHAT[2:3], "the prompt within one of the two responses and not the other"),
+    ):
         with pytest.raises(ValueError, match=problem):
-            reward_model.preference(row)
+            reward_model.preference({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 def test_chats_without_a_template_stop_each_stage_with_one_line(world, tmp_path, run_stage):
@@ -193,52 +170,40 @@ def test_texts_part_after_the_marker_or_before_the_word_that_differs(chosen, rej
     assert reward_model.split_texts(chosen, rejected) == expected
 
 
-def test_a_preference_set_in_each_format_gives_the_same_reward_model(tmp_path, run_stage):
-    tokenizer = a_tokenizer(HH, "<|end|>")
-    model = tiny_lm(vocab_size=len(tokenizer), max_position_embeddings=256)
-    common.set_generation_defaults(model, tokenizer)
-    model.save_pretrained(tmp_path / "hh")
-    tokenizer.save_pretrained(tmp_path / "hh")
-    sets = {}
+def test_a_preference_set_in_each_format_gives_the_same_examples(tmp_path, capsys):
+    tokenizer, cfg = a_tokenizer(HH, "<|end|>"), reward_model.Config()
+    sets, expected = {}, []
     for animal in ("fox", "owl", "bear", "cub", "lamb", "hen"):
         question, good, bad = f"Does the {animal} see?", f"The {animal} helps.", f"{animal} hides."
         text, user = f"\n\nHuman: {question}\n\nAssistant:", [message("user", question)]
         chosen, rejected = ([message("assistant", words)] for words in (good, bad))
+        expected.append(tuple(tokenizer([f"{text} {good}<|end|>", f"{text} {bad}<|end|>"])["input_ids"]))
         for kind, prompt, one, other in (
-            ("plain", text, f" {good}", f" {bad}"),
-            ("whole texts", None, f"{text} {good}", f"{text} {bad}"),
+            ("plain", text, f" {good}", f" {bad}"), ("whole texts", None, f"{text} {good}", f"{text} {bad}"),
             ("chat", user, chosen, rejected), ("answers as strings", user, good, bad),
             ("whole chats", None, user + chosen, user + rejected),
             ("prompt twice", question, user + chosen, user + rejected),
         ):
             row = {"prompt": prompt, "chosen": one, "rejected": other, "messages": None}
             sets.setdefault(kind, []).append(row)
-    paths = {kind: [write_rows(tmp_path / f"{kind}.jsonl", rows)] for kind, rows in sets.items()}
-    paths["gzip"] = [tmp_path / "pairs.jsonl.gz"]
-    paths["gzip"][0].write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
+    files = {kind: [write_rows(tmp_path / f"{kind}.jsonl", rows)] for kind, rows in sets.items()}
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
+    files["gzip"] = [str(tmp_path / "pairs.jsonl.gz")]
     first = write_rows(tmp_path / "first.jsonl", sets["plain"][:2])
-    paths["two files"] = [first, write_rows(tmp_path / "second.jsonl", sets["chat"][2:])]
-    weights = {}
-    for kind, files in paths.items():
-        flags = ["--model", tmp_path / "hh", "--batch-size", 2, "--device", "cpu", "--overwrite"]
-        flags += ["--data", *files, "--eval-data", *files, "--output", tmp_path / "out"]
-        status, out, err = run_stage(reward_model, *flags)
-        assert status == 0 and "6 rows read, 6 examples used" in out, err
-        weights[kind] = load_file(tmp_path / "out" / "model.safetensors")
-    before = load_file(tmp_path / "hh" / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(before[name], weights["plain"][name])
-    for kind, tensors in weights.items():
-        assert all(torch.equal(tensors[key], weights["plain"][key]) for key in tensors), kind
+    files["two files"] = [first, write_rows(tmp_path / "second.jsonl", sets["chat"][2:])]
+
+    def encode(row):
+        return reward_model.encode_row(row, tokenizer, [], cfg)
+
+    for kind, paths in files.items():
+        assert harness.convert(harness.read_rows(paths, reward_model.FORMATS), encode) == expected, kind
+        assert "6 rows read, 6 examples used" in capsys.readouterr().out
 
 
 def test_rows_that_are_dropped_are_counted_by_reason(tmp_path, capsys):
-    tokenizer = a_tokenizer()
-    rows = []
-    for prompt, chosen, rejected, number in (
-        ("a", "b", "c", 3), ("a", "b", "b", 2), ("a" * 99, "b", "c", 1), ("a", "b", "c" * 99, 1)
-    ):
-        rows += [{"prompt": prompt, "chosen": chosen, "rejected": rejected}] * number
+    tokenizer, rows = a_tokenizer(), []
+    for prompt, rejected, number in (("a", "c", 3), ("a", "b", 2), ("a" * 99, "c", 1), ("a", "c" * 99, 1)):
+        rows += [{"prompt": prompt, "chosen": "b", "rejected": rejected}] * number
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     rows = harness.read_rows([path], reward_model.FORMATS)
 
@@ -249,8 +214,7 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path, capsys):
     assert len(harness.convert(rows, encode)) == 3
     assert capsys.readouterr().out == (
         f"  {path}: 7 rows read, 3 examples used; 2 dropped (chosen and rejected the same); "
-        "1 dropped (prompt above --max-prompt-length 20); "
-        "1 dropped (response above --response-length 30)\n"
+        "1 dropped (prompt above --max-prompt-length 20); 1 dropped (response above --response-length 30)\n"
     )
     cfg = reward_model.Config(response_length=1)
     with pytest.raises(common.UserError, match="7 rows read and none can be used; .* 2 dropped"):

@@ -4,6 +4,7 @@ import calendar
 import dataclasses
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -34,14 +35,11 @@ BESIDE = {"dpo.py": dpo, "best_of_n.py": best_of_n}
 SCRIPTS = STAGES | {f"examples/beside_ppo/{name}": module for name, module in BESIDE.items()}
 TEXTS = {page: PAGES[page] for page in FIRST} | {name: STAGES[name].__doc__ for name in STAGES}
 OTHER_COMMANDS = (  # than those of SCRIPTS, whose flags are parsed
-    "python3 -m venv", "pip install", "python -m pytest", "transformers serve", "transformers chat",
-    "git apply", "--sampler-device", "torchrun", "bench/", "compare.py", "one_batch.py",
-    "from datasets import", "import pipeline",
+    "python3 -m venv", "pip install", "python -m pytest", "transformers serve", "transformers chat", "git apply",
+    "--sampler-device", "torchrun", "bench/", "compare.py", "one_batch.py", "from datasets import", "import pipeline",
 )
-SYMBOLS = (  # numbers with their sign and %; s_chosen, V_{t+1}; Greek letters; operators
-    r"(?:(?<![\w)])[-−])?\d+(?:[.,]\d+)*(?:e-?\d+)?%?|[A-Za-zΑ-ω]_[a-z0-9{+}]+|[Α-ω][₀-₉]?"
-    r"|[=±−+‖½²]"
-)
+# Numbers with their sign and %; s_chosen, V_{t+1}; Greek letters; operators
+SYMBOLS = r"(?:(?<![\w)])[-−])?\d+(?:[.,]\d+)*(?:e-?\d+)?%?|[A-Za-zΑ-ω]_[a-z0-9{+}]+|[Α-ω][₀-₉]?|[=±−+‖½²]"
 
 
 def commands_of(page):
@@ -58,8 +56,7 @@ def kept(text):
     """Returns what a translation keeps: links, code spans, numbers and symbols, in any order."""
     text = text.replace(".zh-CN", "")
     links = sorted(re.findall(r"\]\(([^)#\s]*)", text))
-    text = re.sub(r"(?<=\])\([^)]*\)", "", text)
-    text = text.replace("```", "")
+    text = re.sub(r"(?<=\])\([^)]*\)", "", text).replace("```", "")
     spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
     text = re.sub(r"`[^`]+`", "", text)
     for number, month in enumerate(calendar.month_name[1:], 1):
@@ -70,8 +67,7 @@ def kept(text):
 def pieces_of(page):
     """Returns (kind, code, cells, what is kept) of each heading, row, quote, block and prose."""
     pieces = []
-    parts = r"(^```.*?^```$|^#+ [^\n]*|^\|[^\n]*|(?:^> [^\n]*\n)+)"
-    for text in re.split(parts, PAGES[page], flags=re.M | re.S):
+    for text in re.split(r"(^```.*?^```$|^#+ [^\n]*|^\|[^\n]*|(?:^> [^\n]*\n)+)", PAGES[page], flags=re.M | re.S):
         kind = re.match(r"```|#+ |\||> |", text)[0]
         code = re.sub(r"(^|[ \t]+)# .*", "", text, flags=re.M) if kind == "```" else ""
         pieces.append((kind, code, text.count("|"), *kept(text)))
@@ -92,8 +88,7 @@ def test_every_link_of_a_page_leads_to_a_file_and_every_command_fits_its_script(
         words = [word for word in shlex.split(command) if word != "..."]
         script = next((word for word in words if word in SCRIPTS), None)
         if script and "--sampler-device" not in command:
-            flags = words[words.index(script) + 1 :]
-            cfg = harness.parse_args(SCRIPTS[script].Config, "", flags)
+            cfg = harness.parse_args(SCRIPTS[script].Config, "", words[words.index(script) + 1 :])
             assert script != "ppo.py" or ppo.check_config(cfg)
         elif not script:
             assert command.startswith(". ") or any(x in command for x in OTHER_COMMANDS), command
@@ -119,11 +114,16 @@ def test_every_flag_in_the_text_exists_and_is_one_of_the_stage_it_is_given_to(na
         assert set(re.findall(r"--[a-z-]+", flags)) <= flags_of(STAGES[f"{script}.py"])
 
 
+def mine(folder):
+    """Writes the README's mine.py to a folder."""
+    [code] = re.findall(r"```python\n(# mine.py\n.*?)```", README, re.S)
+    (folder / "mine.py").write_text(code + "\n\ndef log(row):\n    print(row)\n")
+
+
 def test_the_reward_function_of_the_readme_prefers_twenty_words(tmp_path):
-    [function] = re.findall(r"```python\n(# mine.py\n.*?)```", README, re.S)
-    (tmp_path / "mine.py").write_text(function)
+    mine(tmp_path)
     scorer = rewards.FunctionScorer(f"{tmp_path / 'mine.py'}:brevity")
-    scores = scorer.call([{"prompt": "A fox"}] * 3, ["word " * 20, "", "word " * 25])
+    scores = scorer(torch.zeros(1), None, [{"prompt": "A fox"}] * 3, ["word " * 20, "", "word " * 25])
     assert scores.tolist() == [0, -2, -0.5]
 
 
@@ -139,10 +139,11 @@ def test_the_line_that_samples_says_what_the_policy_says(world, tmp_path, monkey
 def test_the_lines_that_load_a_reward_model_elsewhere_give_its_score(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(world / "sft")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = GraniteConfig(vocab_size=len(tokenizer), initializer_range=0.5, **sizes)  # no class
-    torch.manual_seed(0)
+    config = GraniteConfig(  # a family without a classifier
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5
+    )
     config.reward_mean, config.reward_std = 0.25, 2.0
+    torch.manual_seed(0)
     common.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, _ = common.load_scalar_model(str(tmp_path), tokenizer)
@@ -188,16 +189,13 @@ def test_every_numbered_equation_of_a_docstring_is_marked_where_it_is_computed(n
     assert numbers and numbers <= marked, numbers - marked
 
 
-def stage_commands():
-    """Returns (page, command) of the first pages' commands that start a stage by python."""
-    pairs = [(page, command) for page in FIRST for command in commands_of(page)]
-    scripts = tuple(f"python {name}" for name in STAGES)
-    return [(page, command) for page, command in pairs if command.startswith(scripts)]
+STARTS = tuple(f"python {name}" for name in STAGES)
+RUN = dict.fromkeys(command for page in FIRST for command in commands_of(page) if command.startswith(STARTS))
 
 
-@pytest.mark.parametrize("page, command", stage_commands())
+@pytest.mark.parametrize("command", RUN)
 def test_every_stage_command_of_the_first_pages_runs_at_reduced_size(
-    page, command, world, tmp_path, run_stage, monkeypatch
+    command, world, tmp_path, run_stage, monkeypatch
 ):
     if "--lora-rank" in command:
         pytest.importorskip("peft")
@@ -206,28 +204,23 @@ def test_every_stage_command_of_the_first_pages_runs_at_reduced_size(
     for name in ("sft", "reward_model"):
         (tmp_path / "ckpt" / name).symlink_to(world / name)
     stage = shlex.split(command)[1].removesuffix(".py")
-    rows = world / f"{ {'sft': 'sft', 'reward_model': 'pairs', 'ppo': 'prompts'}[stage] }.jsonl"
+    rows = world / {"sft": "sft.jsonl", "reward_model": "pairs.jsonl", "ppo": "prompts.jsonl"}[stage]
     for name in ("demonstrations", "mine", "preferences", "prompts"):
         (tmp_path / f"{name}.jsonl").symlink_to(rows)
-    [function] = re.findall(r"```python\n(# mine.py\n.*?)```", README, re.S)
-    (tmp_path / "mine.py").write_text(function + "\n\ndef log(row):\n    print(row)\n")
+    mine(tmp_path)
     command = command.replace("examples/loggers.py:tensorboard", "mine.py:log")  # an own package
     words = [str(world / "sft") if "Qwen" in word else word for word in shlex.split(command)[2:]]
     if "--chat-template-kwargs" in words:
-        tokenizer = AutoTokenizer.from_pretrained(world / "sft")
-        tokenizer.chat_template = "{{ enable_thinking }}"
-        tokenizer.save_pretrained(tmp_path / "thinks")
-        for name in ("config.json", "model.safetensors", "generation_config.json"):
-            (tmp_path / "thinks" / name).symlink_to(world / "sft" / name)
+        shutil.copytree(world / "sft", tmp_path / "thinks")
+        (tmp_path / "thinks" / "chat_template.jinja").write_text("{{ enable_thinking }}")
         words[words.index("--model") + 1] = "thinks"
-    data, held_out = "--data", "--eval-data"
     if stage == "ppo":
-        data, held_out = "--prompts", "--eval-prompts"
-    if data not in words:  # the tests' rows in place of the embedded ones
-        words += [data, rows]
-    words += ["--model", world / "sft"] if stage != "ppo" and "--model" not in words else []
+        data, held_out, more = "--prompts", "--eval-prompts", ["--iterations", 1, "--minibatch-size", 8]
+    else:
+        data, held_out, more = "--data", "--eval-data", ["--epochs", 1]
+        more += [] if "--model" in words else ["--model", world / "sft"]
+    more += [] if data in words else [data, rows]  # the tests' rows in place of the embedded ones
     words += ["--batch-size", 8, "--device", "cpu", "--output", "ckpt/out", "--response-length", 24]
-    words += [held_out, rows]
-    words += ["--iterations", 1, "--minibatch-size", 8] if stage == "ppo" else ["--epochs", 1]
+    words += [held_out, rows, *more]
     status, _, err = run_stage(STAGES[f"{stage}.py"], *words)
     assert status == 0 and (tmp_path / "ckpt" / "out" / "model.safetensors").exists(), err

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, read_rows
+from test_cli import ppo_flags
 
 import common
 import harness
@@ -55,17 +56,16 @@ def test_the_template_has_no_number_of_its_own(template):
     text = template.read_text(encoding="utf-8")
     text = re.sub(r"```.*?```|`[^`{]*`|\]\([^)]*\)", " ", text, flags=re.S)
     bare = "".join(piece for piece, *_ in string.Formatter().parse(text))  # without the fields
-    equations = r"([Ee]qs?\.|式) \d\w?((、| and )\d)?"
-    others = r"sections?\s\d|第 \d 节|float32|bf16|\bc[12]\b"
-    bare = re.sub(rf"(?m)^## \d\. |{equations}|{others}", " ", bare)
+    others = r"([Ee]qs?\.|式) \d\w?((、| and )\d)?|sections?\s\d|第 \d 节|float32|bf16|\bc[12]\b"
+    bare = re.sub(rf"(?m)^## \d\. |{others}", " ", bare)
     assert set(re.findall(r"\d+(?:\.\d+)?", bare)) <= {"0", "1"}  # t = 0, ratio 1, i + 1
 
 
 @each_page
 def test_every_name_on_the_page_exists(template):
     text = re.sub(r"```.*?```", " ", template.read_text(encoding="utf-8"), flags=re.S)
-    flags = {harness.flag_of(name) for name in one_batch.Config.__dataclass_fields__}
-    known = {*vars(ppo), *vars(common), *ppo.Batch.__dataclass_fields__, *RECORD["metrics"], *flags}
+    known = {*vars(ppo), *vars(common), *ppo.Batch.__dataclass_fields__, *RECORD["metrics"]}
+    known |= {harness.flag_of(name) for name in one_batch.Config.__dataclass_fields__}
     known |= {"reward_mean", "reward_std", "ppo.main", "python ppo.py", "--advantage bandit"}
     spans = [span for span in re.findall(r"`([^`]+)`", text) if "{" not in span]
     for span in spans:
@@ -76,8 +76,7 @@ def test_every_name_on_the_page_exists(template):
     named = re.findall(r"(?:[Ee]qs?\. |式 |and |、)(\d\w?)", text)
     assert {*"12345678"} <= set(named) <= set(re.findall(r"^\((\d\w?)\)", ppo.__doc__, re.M))
     pictures = re.findall(r"!\[[^]]*\]\(one_batch/(\S+\.png)\)\n\n\*[^*]*`[^*]*\*\n", text)
-    files = sorted(path.name for path in FOLDER.glob("*.png"))
-    assert pictures == list(one_batch.PICTURES) == files
+    assert pictures == list(one_batch.PICTURES) == sorted(path.name for path in FOLDER.glob("*.png"))
 
 
 # === The record ===================================================================================
@@ -90,9 +89,8 @@ def test_the_run_had_the_settings_that_are_todays_defaults():
 def test_rewards_advantages_returns_and_whitening_follow_from_equations_1_to_3():
     beta, gamma, lam = BATCH["kl_coef"], SETTINGS["gamma"], SETTINGS["lam"]
     names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "whitened")
-    rows, finals = [ONE], [ONE["score"], *BATCH["final_scores"]]
-    for i in range(SETTINGS["batch_size"]):
-        rows.append({name: BATCH[name][i] for name in names})
+    rows = [ONE] + [{name: BATCH[name][i] for name in names} for i in range(SETTINGS["batch_size"])]
+    finals = [ONE["score"], *BATCH["final_scores"]]
     for row, final in zip(rows, finals):
         digits = 1e-6 if row is ONE else ROUNDED
         rewards = [-beta * (x - y) for x, y in zip(row["logprobs"], row["ref_logprobs"])]
@@ -100,9 +98,8 @@ def test_rewards_advantages_returns_and_whitening_follow_from_equations_1_to_3()
         assert row["rewards"] == pytest.approx(rewards, abs=2 * digits)
         next_values = [*row["values"][1:], 0.0]
         deltas = [r + gamma * w - v for r, w, v in zip(rewards, next_values, row["values"])]
-        advantages = []  # A_t = sum over k of (gamma lam)^k delta_{t+k}: no recursion
-        for t in range(len(deltas)):
-            advantages.append(sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])))
+        powers = [(gamma * lam) ** k for k in range(len(deltas))]  # A_t = sum_k (gamma lam)^k delta_{t+k}: no recursion
+        advantages = [sum(p * d for p, d in zip(powers, deltas[t:])) for t in range(len(deltas))]
         assert row["advantages"] == pytest.approx(advantages, abs=20 * digits)  # a long sum
     every, its = flat(BATCH["advantages"]), rows[1 + ONE["row"]]
     whitened = (every - every.mean()) / every.std(correction=0)
@@ -155,15 +152,13 @@ def test_numbers_of_the_page_are_those_computed_by_hand_from_the_record():
     by_hand = {
         "N": len(kl), "kl_per_token": kl.mean(), "lowest_kl": summed.min(), "kl": summed.mean(),
         "padding_share": 1 - (len(kl) + sum(BATCH["prompt_lengths"])) / (len(summed) * (p + r)),
-        "prompt_pads": ONE["prompt_ids"].count(ONE["special_ids"]["pad"]),
-        "kl_error": summed.std(correction=0) / len(summed) ** 0.5,
+        "prompt_pads": ONE["prompt_ids"].count(ONE["special_ids"]["pad"]), "mean_advantage": raw.mean(),
+        "kl_error": summed.std(correction=0) / len(summed) ** 0.5, "deviation": raw.std(correction=0),
         "negative_tokens": (kl < 0).double().mean(), "negative_responses": (summed < 0).sum(),
-        "mean_advantage": raw.mean(), "deviation": raw.std(correction=0),
-        "sign_changed": (raw.sign() != white.sign()).double().mean(),
+        "sign_changed": (raw.sign() != white.sign()).double().mean(), "delta_max": max(ONE["deltas"][:-1]),
         "explained_variance": 1 - raw.var(correction=0) / returns.var(correction=0),
-        "explained_after": 1 - unexplained / returns.var(correction=0),
-        "correlation": torch.corrcoef(scores)[0, 1], "bandit": PAGE["r_sum"] - ONE["values"][0],
-        "reaching_first": 0.95 ** (len(ONE["ids"]) - 1), "delta_max": max(ONE["deltas"][:-1]),
+        "explained_after": 1 - unexplained / returns.var(correction=0), "correlation": torch.corrcoef(scores)[0, 1],
+        "bandit": PAGE["r_sum"] - ONE["values"][0], "reaching_first": 0.95 ** (len(ONE["ids"]) - 1),
     }
     for name, value in by_hand.items():
         assert PAGE[name] == pytest.approx(float(value), rel=1e-3, abs=1e-6), name
@@ -177,19 +172,15 @@ def test_numbers_of_the_page_are_those_computed_by_hand_from_the_record():
 # === The script ===================================================================================
 def test_recording_changes_nothing_of_a_run(world, tmp_path, run_stage, monkeypatch):
     pytest.importorskip("matplotlib")
-    judge, prompts = f"{ROOT / 'data' / 'true_reward.py'}:true_reward", world / "prompts.jsonl"
-    flags = ["--policy", world / "sft", "--reward", world / "reward_model", "--judge", judge]
-    flags += ["--prompts", prompts, "--eval-prompts", prompts, "--device", "cpu", "--seed", 1]
-    flags += ["--iterations", 2, "--batch-size", 8, "--minibatch-size", 4, "--response-length", 12]
-    status, _, error = run_stage(ppo, *flags, "--output", tmp_path / "ppo")
-    assert status == 0, error
+    more = ["--judge", f"{ROOT / 'data' / 'true_reward.py'}:true_reward", "--iterations", 2, "--response-length", 12]
+    flags = ppo_flags(world, tmp_path / "ppo", *more, "--seed", 1)
+    assert run_stage(ppo, *flags)[0] == 0
     plain = [row for row in read_rows(tmp_path / "ppo" / "metrics.jsonl") if "split" not in row][1]
     own = ["--iteration", 2, "--row", 3, "--folder", tmp_path / "new"]
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the run ends in its loop
     one_batch.main(harness.parse_args(one_batch.Config, "", [*map(str, flags + own)]))
     record = json.loads((tmp_path / "new" / "numbers.json").read_text(encoding="utf-8"))
-    assert plain["approx_kl"] > 1e-6
-    assert record["metrics"].items() <= one_batch.to_digits(plain).items()
+    assert plain["approx_kl"] > 1e-6 and record["metrics"].items() <= one_batch.to_digits(plain).items()
     assert record["response"]["row"] == 3 and len(record["batch"]["minibatches"]) == 4 * 8 / 4
     assert {path.name for path in (tmp_path / "new").glob("*.png")} == set(one_batch.PICTURES)
 

@@ -20,17 +20,20 @@ def iteration(number, **changes):
     return {"iteration": number} | {key: number + i / 64 for i, key in enumerate(KEYS)} | changes
 
 
-PPO = [
-    {"split": "eval", "iteration": 0, "score": 0.25, "true_reward": 1.5, "kl": 0.0},
-    iteration(1, true_reward=None), iteration(2, score=math.nan, true_reward=-math.inf),
-    iteration(3, kl=-0.5),  # what is no finite number is a gap
-    {"split": "eval", "iteration": 3, "score": 1.5, "true_reward": 2.25, "kl": 2.5},
-]
-REWARD_MODEL = [
-    {"iteration": 1, "loss": 0.75, "accuracy": 0.5, "lr": 0.001},
-    {"split": "eval", "iteration": 1, "loss": 0.625, "accuracy": 0.75},
-]
-SFT = [{"iteration": 1, "loss": 7.0, "lr": 0.5}, {"split": "eval", "iteration": 1, "loss": 5.0}]
+RUNS = {
+    "ppo": [
+        {"split": "eval", "iteration": 0, "score": 0.25, "true_reward": 1.5, "kl": 0.0},
+        iteration(1, true_reward=None), iteration(2, score=math.nan, true_reward=-math.inf),
+        iteration(3, kl=-0.5),  # what is no finite number is a gap
+        {"split": "eval", "iteration": 3, "score": 1.5, "true_reward": 2.25, "kl": 2.5},
+    ],
+    "reward_model": [
+        {"iteration": 1, "loss": 0.75, "accuracy": 0.5, "lr": 0.001},
+        {"split": "eval", "iteration": 1, "loss": 0.625, "accuracy": 0.75},
+    ],
+    "sft": [{"iteration": 1, "loss": 7.0, "lr": 0.5}, {"split": "eval", "iteration": 1, "loss": 5.0}],
+}
+RUNS["_$a^$"] = [row | {"true_reward": None} for row in RUNS["ppo"]]  # without a judge
 
 
 def lines_of(axes):
@@ -42,20 +45,17 @@ def lines_of(axes):
     return lines
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):
-    """Runs of each stage, and one of ppo.py without a judge, in the folder that is current."""
+    """The runs, in the folder that is current."""
     monkeypatch.chdir(tmp_path)
-    unjudged = [row | {"true_reward": None} for row in PPO]
-    stages = {"ppo": PPO, "reward_model": REWARD_MODEL, "sft": SFT, "_$a^$": unjudged}
-    for name, rows in stages.items():
+    for name, rows in RUNS.items():
         (tmp_path / name).mkdir()
         write_rows(tmp_path / name / "metrics.jsonl", rows)
-    return tmp_path
 
 
 @pytest.fixture
-def run_plot(runs, monkeypatch, capsys):
+def run_plot(monkeypatch, capsys):
     """run_plot(*arguments) -> what an error prints, or "" after a picture."""
 
     def run(*arguments):
@@ -69,10 +69,9 @@ def run_plot(runs, monkeypatch, capsys):
     return run
 
 
-def test_runs_are_named_by_the_shortest_end_of_the_path_that_tells_them_apart(tmp_path):
-    names = ["a/ppo", "b/ppo", "sft", "one.jsonl"]
-    paths = [tmp_path / name / "metrics.jsonl" for name in names[:3]] + [tmp_path / "one.jsonl"]
-    assert plot.run_names(paths) == [name.replace("/", os.sep) for name in names]
+def test_runs_are_named_by_the_shortest_end_of_the_path_that_tells_them_apart():
+    paths = [pathlib.Path(name) for name in ("a/ppo/metrics.jsonl", "b/ppo/metrics.jsonl", "x/sft", "one.jsonl")]
+    assert plot.run_names(paths) == [os.path.join("a", "ppo"), os.path.join("b", "ppo"), "sft", "one.jsonl"]
 
 
 def test_the_stages_log_every_metric_that_is_drawn_and_name_the_same_healthy_range():
@@ -113,13 +112,10 @@ def test_bad_arguments_are_refused(run_plot, arguments, problem):
     assert problem in run_plot(*arguments).splitlines()[-1] and len(os.listdir()) == 4
 
 
-def test_matplotlib_draws_a_picture_and_without_it_one_line_says_what_to_install(
-    run_plot, monkeypatch
-):
+def test_matplotlib_draws_a_picture_and_without_it_one_line_says_what_to_install(run_plot, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)  # its import is an ImportError
-        message = "plot.py: error: plot.py needs the package matplotlib; pip install matplotlib\n"
-        assert run_plot("ppo") == message
+        assert run_plot("ppo") == "plot.py: error: plot.py needs the package matplotlib; pip install matplotlib\n"
     pytest.importorskip("matplotlib")
     for flags, ratio in ([], (0.6, 1)), (["--panels", "1"], (2, 3)):  # high, and wide
         assert run_plot("ppo", *flags) == ""
@@ -129,29 +125,26 @@ def test_matplotlib_draws_a_picture_and_without_it_one_line_says_what_to_install
 
 
 @pytest.mark.parametrize("name", ["ppo", "reward_model", "sft"])
-def test_the_lines_are_the_training_rows_and_the_markers_the_held_out_ones(runs, name):
+def test_the_lines_are_the_training_rows_and_the_markers_the_held_out_ones(name):
     pytest.importorskip("matplotlib")
     [run] = plot.read_runs([name])
-    axes, panels = plot.draw([run]).axes, list(plot.PANELS[run.stage])
+    axes = plot.draw([run]).axes
     if name == "ppo":
-        points = [(row["kl"], row["score"]) for row in (PPO[0], PPO[-1])]
+        points = [(row["kl"], row["score"]) for row in (RUNS["ppo"][0], RUNS["ppo"][-1])]
         assert lines_of(axes.pop(1))["ppo score", True] == points
-        beta = axes[2]
-        assert beta.get_ylabel() == "beta (kl_coef)" and beta.get_ylim()[0] <= 0  # 0 is in sight
+        assert axes[2].get_ylabel() == "beta (kl_coef)" and axes[2].get_ylim()[0] <= 0  # 0 is in sight
     drawn, expected = {}, {}
     for each in axes:
         drawn |= lines_of(each)
-    for key in {key for panel in panels for key in panel.metrics}:
+    for key in {key for panel in plot.PANELS[run.stage] for key in panel.metrics}:
         for is_held_out, rows in ((False, run.training), (True, run.held_out)):
             if any(key in row for row in rows):
-                points = [(row["iteration"], row[key]) for row in rows]
-                expected[f"{name} {key}", is_held_out] = points
+                expected[f"{name} {key}", is_held_out] = [(row["iteration"], row[key]) for row in rows]
     assert drawn == expected
-    if name == "ppo":
-        assert [y for _, y in drawn["ppo true_reward", False][:2]] == [None, None]
+    assert name != "ppo" or [y for _, y in drawn["ppo true_reward", False][:2]] == [None, None]
 
 
-def test_a_run_is_one_colour_a_metric_one_style_and_no_judge_is_not_spoken_of(runs):
+def test_a_run_is_one_colour_a_metric_one_style_and_no_judge_is_not_spoken_of():
     pytest.importorskip("matplotlib")
     figure = plot.draw(plot.read_runs(["ppo", "_$a^$"]))
     looks = {}
@@ -159,12 +152,10 @@ def test_a_run_is_one_colour_a_metric_one_style_and_no_judge_is_not_spoken_of(ru
         if line.get_linestyle() != "None":
             looks[line.get_label()] = (line.get_color(), line.get_linestyle())
     blue, orange = plot.COLOURS[:2]
-    assert looks == {"ppo score": (blue, "-"), "ppo true_reward": (blue, "--"),
-                     "_$a^$ score": (orange, "-")}
+    assert looks == {"ppo score": (blue, "-"), "ppo true_reward": (blue, "--"), "_$a^$ score": (orange, "-")}
     figure.draw_without_rendering()  # names of runs are not read as formulas
     for axes in figure.axes[:2]:  # legends lie above the data, and titles end in the picture
         assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
         assert axes._left_title.get_window_extent().x1 <= figure.bbox.x1
-    alone = plot.draw(plot.read_runs(["_$a^$"]))
-    titles = [axes.get_title(loc="left") for axes in alone.axes]
+    titles = [axes.get_title(loc="left") for axes in plot.draw(plot.read_runs(["_$a^$"])).axes]
     assert "score (proxy)" in titles and "hacking" not in str(titles)

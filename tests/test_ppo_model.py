@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -10,64 +9,53 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_rows, tiny_lm, tiny_scalar, write_rows
+from conftest import read_rows, tiny_lm, write_rows
 from safetensors.torch import load_file
 from test_ppo_math import naive_gae
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from test_resume import contents
+from transformers import AutoModelForCausalLM
 
 import common
 import harness
 import ppo
-from rewards import FunctionScorer, TokenScorer
+from rewards import FunctionScorer
 
 EOS, PAD, WEIGHTS = 1, 0, "model.safetensors"
-KINDS = list(itertools.product(["separate", "shared"], ["gae", "bandit"]))
+KINDS = [("separate", "gae"), ("separate", "bandit"), ("shared", "gae"), ("shared", "bandit")]
 
 
 @pytest.fixture(scope="module")
 def world(world, tmp_path_factory):
     """The same with a policy that ends soon, so that responses have unequal lengths."""
     folder = shutil.copytree(world, tmp_path_factory.mktemp("ends") / "world")
-    settings = json.loads((folder / "sft" / "generation_config.json").read_text())
-    settings["eos_token_id"] = list(range(1, 60))
-    (folder / "sft" / "generation_config.json").write_text(json.dumps(settings))
+    path = folder / "sft" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(range(1, 60))}))
     return folder
 
 
-def random_head(seed=3):
-    torch.manual_seed(seed)
-    return ppo.ValueHead(16, 1)
+@pytest.fixture
+def train(world, tmp_path, run_stage):
+    """train(*flags, output=tmp_path) -> (the training rows of metrics.jsonl, what is printed)."""
+
+    def run(*more, output=tmp_path):
+        prompts = world / "prompts.jsonl"
+        flags = ["--policy", world / "sft", "--reward", world / "reward_model", "--prompts", prompts]
+        flags += ["--eval-prompts", prompts, "--output", output, "--iterations", 1, "--response-length", 6]
+        flags += ["--batch-size", 8, "--minibatch-size", 8, "--microbatch-size", 8, "--device", "cpu"]
+        status, out, err = run_stage(ppo, *flags, *more)
+        assert status == 0, err
+        return [row for row in read_rows(output / "metrics.jsonl") if "split" not in row], out
+
+    return run
 
 
-def tiny_gpt2():
-    """Learned absolute positions: left padding shifts them unless position ids are passed."""
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    config = GPT2Config(initializer_range=0.3, pad_token_id=PAD, eos_token_id=EOS, **sizes)
-    model = GPT2LMHeadModel(config).eval()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [EOS], PAD
-    return model
-
-
-def a_rollout(policy, response_length=7):
+def a_rollout(policy):
     """Sampled responses to prompts of unequal length: tokens, attention_mask, response_mask."""
     torch.manual_seed(1)
-    rows = [[5] * (1 + row % 3) + [6] for row in range(6)]
-    prompts, prompt_mask = common.pad(rows, PAD, "left")
-    response, _ = common.generate_responses(policy, prompts, prompt_mask, response_length, 1.0)
+    prompts, prompt_mask = common.pad([[5] * (1 + row % 3) + [6] for row in range(6)], PAD, "left")
+    response, _ = common.generate_responses(policy, prompts, prompt_mask, 7, 1.0)
     response_mask = ppo.mask_through_first_eos(response, [EOS])
-    attention_mask = torch.cat([prompt_mask, response_mask], 1)
-    return torch.cat([prompts, response], 1), attention_mask, response_mask
-
-
-def all_responses(prompt):
-    """All responses of up to 3 of 4 tokens to a prompt: tokens, attention_mask, response_mask."""
-    responses = torch.cartesian_prod(torch.arange(4), torch.arange(4), torch.arange(4))
-    mask = ppo.mask_through_first_eos(responses, [EOS])
-    kept = ((responses == PAD) | mask).all(1)  # one way to fill up after an EOS
-    responses, mask = responses[kept], mask[kept]
-    prompts = torch.tensor([prompt]).expand(len(responses), -1)
-    return torch.cat([prompts, responses], 1), torch.cat([prompts > 0, mask], 1), mask
+    return torch.cat([prompts, response], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
 
 
 def alone(policy, critic, ids, num_response, temperature):
@@ -87,21 +75,6 @@ def alone(policy, critic, ids, num_response, temperature):
     return torch.stack(logprobs), values[first - 1 : -1], torch.stack(entropies)
 
 
-@pytest.mark.parametrize("make_policy, make_critic", [
-    (tiny_lm, tiny_scalar), (tiny_lm, random_head), (tiny_gpt2, random_head),
-])
-def test_a_rows_numbers_are_those_before_each_token_without_padding(make_policy, make_critic):
-    policy, critic = make_policy(), make_critic(5)
-    tokens, attention_mask, response_mask = a_rollout(policy)
-    assert not attention_mask[:, 0].all() and not response_mask.all()  # both paddings occur
-    num_columns = response_mask.shape[1]
-    read = ppo.forward_responses(policy, critic, tokens, attention_mask, num_columns, 0.7, True)
-    for row in range(len(tokens)):
-        ids, length = tokens[row][attention_mask[row]], int(response_mask[row].sum())
-        for ours, theirs in zip(read, alone(policy, critic, ids, length, 0.7), strict=True):
-            assert (ours[row, :length] - theirs).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("prompt, temperature", [([3, 2], 1.0), ([2], 0.6)])
 def test_sampled_responses_follow_the_distribution_that_is_scored(prompt, temperature):
     """Counts of all possible responses lie within 5 sigma of 8,000 samples (false alarm < 1e-4)."""
@@ -111,74 +84,32 @@ def test_sampled_responses_follow_the_distribution_that_is_scored(prompt, temper
     prompts, prompt_mask = padded[:1].expand(number, -1), mask[:1].expand(number, -1)
     sampled, _ = common.generate_responses(policy, prompts, prompt_mask, 3, temperature)
     counts = collections.Counter(tuple(row) for row in sampled.tolist())
-    tokens, attention_mask, mask = all_responses(prompt)
-    logprobs, _, _ = ppo.forward_responses(policy, None, tokens, attention_mask, 3, temperature)
+    responses = torch.cartesian_prod(torch.arange(4), torch.arange(4), torch.arange(4))
+    mask = ppo.mask_through_first_eos(responses, [EOS])
+    responses = responses[((responses == PAD) | mask).all(1)]  # one way to fill up after an EOS
+    tokens = torch.cat([torch.tensor([prompt]).expand(len(responses), -1), responses], 1)
+    mask = ppo.mask_through_first_eos(responses, [EOS])
+    logprobs, _, _ = ppo.forward_responses(policy, None, tokens, torch.ones_like(tokens).bool(), 3, temperature)
     p = torch.where(mask, logprobs, 0.0).sum(1).exp().double()
-    seen = torch.tensor([counts.pop(tuple(row), 0) for row in tokens[:, -3:].tolist()])
+    seen = torch.tensor([counts.pop(tuple(row), 0) for row in responses.tolist()])
     assert not counts and abs(p.sum().item() - 1) < 1e-5
     assert ((seen - number * p).abs() < 5 * (number * p * (1 - p)).sqrt() + 1).all()
 
 
-def test_kl_and_k3_have_the_exact_kl_as_their_mean_over_all_responses():
-    policy, ref_policy = tiny_lm(0, vocab_size=4), tiny_lm(9, vocab_size=4)
-    tokens, attention_mask, mask = all_responses([3, 3])
-    logprobs, _, _ = ppo.forward_responses(policy, None, tokens, attention_mask, 3, 1.0)
-    ref_logprobs, _, _ = ppo.forward_responses(ref_policy, None, tokens, attention_mask, 3, 1.0)
-    weight = torch.where(mask, logprobs.double(), 0.0).sum(1).exp()  # each by its probability
-
-    # The oracle: chain rule over prefixes, each with the KL of its two next-token distributions.
-    def exact(prefix):
-        if len(prefix) == 5:
-            return 0.0
-        p = policy(torch.tensor([prefix])).logits[0, -1].double().softmax(-1)
-        q = ref_policy(torch.tensor([prefix])).logits[0, -1].double().softmax(-1)
-        rest = [p[i].item() * exact(prefix + [i]) for i in range(4) if i != EOS]
-        return (p * (p / q).log()).sum().item() + sum(rest)
-
-    kl = torch.where(mask, logprobs - ref_logprobs, 0.0).double()
-    true_kl = exact([3, 3])
-    assert true_kl > 0.1 and abs(weight.sum().item() - 1) < 1e-5
-    for estimate in (kl, torch.exp(-kl) - 1 + kl):
-        assert abs((weight * estimate.sum(1)).sum().item() - true_kl) < 1e-4
-
-
-def test_logprobs_in_pieces_have_the_gradients_of_whole_ones_and_keep_only_logits(monkeypatch):
-    """The oracle is torch's log_softmax over the whole; the vocabulary is the widest by far."""
+def test_only_the_logits_are_kept_for_backward(monkeypatch):
+    """The vocabulary is the widest by far."""
     monkeypatch.setattr(ppo, "PIECE", 2 * 7 * 3000)  # two rows at a time
-    policy, gradients, kept = tiny_lm(vocab_size=3000), [], {}
-    tokens, mask, response_mask = a_rollout(policy)
+    policy, kept = tiny_lm(vocab_size=3000), {}
+    tokens, mask, _ = a_rollout(policy)
 
     def keep(x):
         if x.shape[-1:] == (3000,) and x.ndim == 3:
             kept[x.untyped_storage().data_ptr()] = x
         return x
 
-    for is_whole in (True, False):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, torch.nn.Identity()):
-            if is_whole:
-                logits = common.forward(policy, tokens, mask).logits
-                whole = (logits[:, -8:-1] / 0.7).log_softmax(-1)
-                logprobs = whole.gather(-1, tokens[:, -7:, None]).squeeze(-1)
-                entropy = -(whole.exp() * whole).sum(-1)
-            else:
-                read = ppo.forward_responses(policy, None, tokens, mask, 7, 0.7, True)
-                logprobs, _, entropy = read
-        loss = (logprobs * torch.linspace(-1, 1, 7) + entropy)[response_mask].sum()
-        gradients.append(torch.autograd.grad(loss, policy.parameters()))
-    num_bytes = [x.untyped_storage().nbytes() for x in kept.values()]
-    assert sum(num_bytes) == 6 * 7 * 3000 * 4  # of the logits
-    assert all((a - b).abs().max() < 1e-5 * a.abs().max() for a, b in zip(*gradients, strict=True))
-
-
-def test_a_critic_copied_from_the_reward_model_predicts_the_score_itself_at_the_end():
-    reward_model, policy = tiny_scalar(), tiny_lm()
-    critic = ppo.load_critic(ppo.Config(), [TokenScorer("rm", reward_model, 8)], policy, None)
-    tokens, attention_mask, _ = a_rollout(policy)
-    ours = common.token_scores(critic, tokens, attention_mask)
-    assert torch.equal(ours, common.token_scores(reward_model, tokens, attention_mask))
-    assert all(weight.requires_grad for weight in critic.parameters())
-    assert critic.score.weight.data_ptr() != reward_model.score.weight.data_ptr()
+    with torch.autograd.graph.saved_tensors_hooks(keep, torch.nn.Identity()):
+        ppo.forward_responses(policy, None, tokens, mask, 7, 0.7, True)
+    assert sum(x.untyped_storage().nbytes() for x in kept.values()) == 6 * 7 * 3000 * 4
 
 
 # === The update of the real loop, by hand =========================================================
@@ -197,8 +128,7 @@ def record_the_update(monkeypatch):
     micro-batches. Returns a record of models, batch, old numbers and gradients.
     """
     seen = {"gradients": []}
-    evaluate_tokens, micro_batches = ppo.evaluate_tokens, ppo.Batch.micro_batches
-    load_models = ppo.load_models
+    evaluate_tokens, micro_batches, load_models = ppo.evaluate_tokens, ppo.Batch.micro_batches, ppo.load_models
 
     def evaluate_with_noise(policy, critic, *arguments):
         results = evaluate_tokens(policy, critic, *arguments)
@@ -213,8 +143,7 @@ def record_the_update(monkeypatch):
         number = len(seen["gradients"]) // 4  # two models, two minibatches
         seen["batch"] = batch
         assert size == 5  # as the flag says
-        batch = junk_where_masked(batch) if number > 2 else batch
-        return micro_batches(batch, index, PASSES[number])
+        return micro_batches(junk_where_masked(batch) if number > 2 else batch, index, PASSES[number])
 
     def keep_gradients(weights, max_norm):
         seen["gradients"].append([weight.grad.clone() for weight in weights])
@@ -231,6 +160,7 @@ def record_the_update(monkeypatch):
     for name, replacement in (
         ("evaluate_tokens", evaluate_with_noise), ("clip_grad_norm_", keep_gradients),
         ("load_models", keep_models), ("minibatches", minibatches), ("MAX_GAP", math.inf),
+        ("PIECE", 2 * 6 * 320),  # logits of two rows
     ):
         monkeypatch.setattr(ppo, name, replacement)
     monkeypatch.setattr(ppo.Batch, "micro_batches", micro_batches_of_changing_size)
@@ -239,18 +169,19 @@ def record_the_update(monkeypatch):
 
 def losses_by_hand(seen, advantage):
     """Eqs. 1 to 7 in Python: (loss, [policy and value loss, approx_kl, clip fraction]) of each of
-    the two minibatches, and the mean KL.
+    the two minibatches, and the means of the two estimates of the KL.
     """
     (policy, _, critic, (scorer,)), batch = seen["models"], seen["batch"]
-    rows, everything, kls = [], [], []
+    rows, everything, kls, k3s = [], [], [], []
     for i, mask in enumerate(batch.response_mask):
         ids, length = batch.tokens[i][batch.attention_mask[i]], int(mask.sum())
         old, old_ref, old_values, _ = seen["old"][:, i, :length]
-        hidden = scorer.model.model(ids[None]).last_hidden_state[0, -1]
-        score = (scorer.model.score(hidden).item() - 0.25) / 2
+        score = (scorer.model.score(scorer.model.model(ids[None]).last_hidden_state[0, -1]).item() - 0.25) / 2
         score -= 0 if ids[-1] in policy.generation_config.eos_token_id else 1.5
-        kls.append((old - old_ref).sum().item())
-        rewards = [-0.15 * x for x in (old - old_ref).tolist()]  # eq. 1
+        token_kl = (old - old_ref).tolist()
+        kls.append(sum(token_kl))
+        k3s.append(sum(math.exp(-x) - 1 + x for x in token_kl))
+        rewards = [-0.15 * x for x in token_kl]  # eq. 1
         rewards[-1] += score
         if advantage == "gae":
             advantages = naive_gae(rewards, old_values.tolist(), 0.9, 0.8)  # eq. 2
@@ -280,41 +211,29 @@ def losses_by_hand(seen, advantage):
         means = {name: sum(numbers) / len(numbers) for name, numbers in terms.items()}
         loss = means["policy"] + 0.1 * means["value"] - 0.01 * means["entropy"]  # eq. 7
         results.append((loss, [float(means[k]) for k in ("policy", "value", "kl", "clipped")]))
-    return results, sum(kls) / len(kls)
+    return results, [sum(kls) / len(kls), sum(k3s) / len(k3s)]
 
 
-def flags(world, output, *more):
-    return [
-        "--policy", world / "sft", "--reward", world / "reward_model", "--output", output,
-        "--prompts", world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl",
-        "--iterations", "2", "--batch-size", "8", "--minibatch-size", "8", "--microbatch-size", "8",
-        "--response-length", "6", "--device", "cpu", *more,
-    ]
-
-
-def iterations(output):
-    return [row for row in read_rows(output / "metrics.jsonl") if "split" not in row]
-
-
-@pytest.mark.parametrize("critic_kind, advantage", KINDS)
+@pytest.mark.parametrize("critic, advantage, more", [
+    (*KINDS[0], ["--gradient-checkpointing"]), (*KINDS[1], []), (*KINDS[2], []), (*KINDS[3], []),
+])
 def test_gradients_of_the_loop_are_those_of_eqs_1_to_7_by_hand_at_any_micro_batch_size(
-    world, tmp_path, run_stage, monkeypatch, critic_kind, advantage
+    tmp_path, train, monkeypatch, critic, advantage, more
 ):
     """And junk in masked slots changes no bit of them, and none is left for the next step."""
     seen = record_the_update(monkeypatch)
-    status, _, err = run_stage(ppo, *flags(
-        world, tmp_path, "--iterations", "1", "--lr", "0", "--critic-lr", "0", "--gamma", "0.9",
-        "--critic", critic_kind, "--advantage", advantage, "--minibatch-size", "4", "--lam", "0.8",
-        "--microbatch-size", "5", "--ppo-epochs", len(PASSES), "--entropy-coef", "0.01",
-        "--temperature", "0.8", "--missing-eos-penalty", "1.5", "--value-clip-eps", "0.1",
-    ))
-    assert status == 0, err
+    (row,), _ = train(
+        "--lr", 0, "--critic-lr", 0, "--gamma", 0.9, "--lam", 0.8, "--temperature", 0.8, "--entropy-coef", 0.01,
+        "--critic", critic, "--advantage", advantage, "--minibatch-size", 4, "--microbatch-size", 5,
+        "--ppo-epochs", len(PASSES), "--missing-eos-penalty", 1.5, "--value-clip-eps", 0.1, *more,
+    )
     policy, _, critic, _ = seen["models"]
+    assert policy.is_gradient_checkpointing == bool(more)
     weights, pairs = [*policy.parameters(), *critic.parameters()], iter(seen["gradients"])
     steps = [of_policy + of_critic for of_policy, of_critic in zip(pairs, pairs)]
-    mask = seen["batch"].response_mask
-    assert len(steps) == 2 * len(PASSES) and mask.sum(1).min() < mask.sum(1).max()
-    losses, kl = losses_by_hand(seen, advantage)
+    lengths = seen["batch"].response_mask.sum(1)
+    assert len(steps) == 2 * len(PASSES) and lengths.min() < lengths.max()
+    losses, kls = losses_by_hand(seen, advantage)
     for i, (loss, _) in enumerate(losses):
         expected = torch.autograd.grad(loss, weights, allow_unused=True)
         for step in (steps[i], steps[i + 2], steps[i + 4]):
@@ -324,23 +243,20 @@ def test_gradients_of_the_loop_are_those_of_eqs_1_to_7_by_hand_at_any_micro_batc
             assert (ours - theirs).abs().max() < 1e-6
     for plain, junk in zip(steps[:6], steps[6:]):
         assert all(torch.equal(a, b) for a, b in zip(plain, junk, strict=True))
-    (row,) = iterations(tmp_path)
-    logged = [row[name] for name in ("policy_loss", "value_loss", "approx_kl", "clip_fraction")]
+    logged = [row[name] for name in ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "kl", "kl_k3")]
     means = [(a + b) / 2 for a, b in zip(losses[0][1], losses[1][1])]
-    assert [*logged, row["kl"]] == pytest.approx([*means, kl], rel=1e-4)
+    assert logged == pytest.approx([*means, *kls], rel=1e-4)
 
 
 # === Whole runs ===================================================================================
 @pytest.mark.parametrize("critic, advantage", KINDS)
-def test_updates_start_at_ratio_1_the_run_at_kl_0(world, tmp_path, run_stage, critic, advantage):
+def test_updates_start_at_ratio_1_the_run_at_kl_0(tmp_path, train, critic, advantage):
     """And --explain shows eqs. 1 to 3, and the printed memory is that of the models trained."""
-    status, out, _ = run_stage(ppo, *flags(
-        world, tmp_path, "--critic", critic, "--advantage", advantage, "--iterations", "3",
-        "--temperature", "0.8", "--minibatch-size", "4", "--microbatch-size", "3", "--lr", "0.01",
-        "--explain", "--eval-every", "1",
-    ))
-    rows = iterations(tmp_path)
-    assert status == 0 and len(rows) == 3 and abs(rows[0]["kl"]) < 1e-5 and rows[2]["kl"] != 0
+    rows, out = train(
+        "--critic", critic, "--advantage", advantage, "--iterations", 3, "--temperature", 0.8, "--lr", 0.01,
+        "--minibatch-size", 4, "--microbatch-size", 3, "--explain", "--eval-every", 1,
+    )
+    assert len(rows) == 3 and abs(rows[0]["kl"]) < 1e-5 and rows[2]["kl"] != 0
     for row in rows:
         assert abs(row["ratio_first"] - 1) < 1e-6 and row["approx_kl_first"] < 1e-6
         assert row["approx_kl"] > 0 and row["kl_coef"] == 0.15  # without --kl-target
@@ -361,9 +277,8 @@ def test_updates_start_at_ratio_1_the_run_at_kl_0(world, tmp_path, run_stage, cr
     assert memory == pytest.approx((4 * trained + policy + reward_model) / 1e9, rel=0.01)
 
 
-def test_a_small_step_changes_most_weights_of_policy_and_critic(world, tmp_path, run_stage):
-    more = ["--iterations", "1", "--lr", "3e-6", "--critic-lr", "3e-6"]
-    assert run_stage(ppo, *flags(world, tmp_path, *more))[0] == 0
+def test_a_small_step_changes_most_weights_of_policy_and_critic(world, tmp_path, train):
+    train("--lr", 3e-6, "--critic-lr", 3e-6)
     for saved, original in ((".", "sft"), ("critic", "reward_model")):
         new, old = load_file(tmp_path / saved / WEIGHTS), load_file(world / original / WEIGHTS)
         del new["model.embed_tokens.weight"]  # most of its tokens never came
@@ -371,10 +286,9 @@ def test_a_small_step_changes_most_weights_of_policy_and_critic(world, tmp_path,
         assert changed > 0.5 * sum(weight.numel() for weight in new.values())
 
 
-def test_lr_falls_beta_follows_eq_8_and_max_approx_kl_ends_an_update(world, tmp_path, run_stage):
-    more = ["--iterations", "15", "--lr", "0.01", "--max-approx-kl", "1e-4", "--kl-target", "0.2"]
-    assert run_stage(ppo, *flags(world, tmp_path, "--response-length", "2", *more))[0] == 0
-    rows = iterations(tmp_path)
+def test_lr_falls_beta_follows_eq_8_and_max_approx_kl_ends_an_update(train):
+    limits = ["--max-approx-kl", 1e-4, "--kl-target", 0.2]
+    rows, _ = train("--iterations", 15, "--lr", 0.01, "--response-length", 2, *limits)
     assert [row["lr"] for row in rows] == pytest.approx([0.01 * (1 - i / 15) for i in range(15)])
     assert all(row["optimizer_steps"] == 2 for row in rows)  # one taken, the second is too far
     for row, following in zip(rows, rows[1:]):
@@ -382,7 +296,7 @@ def test_lr_falls_beta_follows_eq_8_and_max_approx_kl_ends_an_update(world, tmp_
         assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 10))
 
 
-def test_max_approx_kl_stops_a_ratio_that_overflows(world, tmp_path, run_stage, monkeypatch):
+def test_max_approx_kl_stops_a_ratio_that_overflows(world, tmp_path, train, monkeypatch):
     """In float32, exp(99) is inf; inf - 1 - log(inf) would be nan, which is above no limit."""
     evaluate_tokens = ppo.evaluate_tokens
 
@@ -392,77 +306,60 @@ def test_max_approx_kl_stops_a_ratio_that_overflows(world, tmp_path, run_stage, 
 
     monkeypatch.setattr(ppo, "evaluate_tokens", evaluate_far_off)
     monkeypatch.setattr(ppo, "MAX_GAP", math.inf)
-    more = ["--iterations", "1", "--max-approx-kl", "0.5", "--lr", "0.01"]
-    assert run_stage(ppo, *flags(world, tmp_path, *more))[0] == 0
-    (row,) = iterations(tmp_path)
+    (row,), _ = train("--max-approx-kl", 0.5, "--lr", 0.01)
     assert row["optimizer_steps"] == 1 and row["approx_kl"] is None  # of inf, JSON has none
     new, old = load_file(tmp_path / WEIGHTS), load_file(world / "sft" / WEIGHTS)
     assert all(torch.equal(new[key], old[key]) for key in old)
 
 
-def test_a_reward_sees_each_prompt_k_times_and_a_missing_eos_costs(world, tmp_path, run_stage):
-    (tmp_path / "reward.py").write_text(
-        "calls = []\n"
-        "def zero(prompts, responses, rows):\n"
-        "    calls.append((prompts, responses, rows))\n"
-        "    return [0.0] * len(rows)\n"
-    )
-    prompts = [{"prompt": f"A fox {i}.", "answer": i} for i in range(8)]
-    status, *_ = run_stage(ppo, *flags(
-        world, tmp_path / "out", "--reward", f"{tmp_path}/reward.py:zero", "--ppo-epochs", "1",
-        "--prompts", write_rows(tmp_path / "prompts.jsonl", prompts), "--samples-per-prompt", "2",
-        "--missing-eos-penalty", "3", "--advantage", "bandit", "--kl-coef", "0",
-    ))
-    calls = harness.load_function(f"{tmp_path}/reward.py:zero").__globals__["calls"]
-    in_loop = calls[3:5]  # 24 held-out prompts come first, and last, 8 at a time
-    assert status == 0 and len(calls) == 3 + 2 + 3
-    for prompts, responses, rows in in_loop:
-        answers = [row["answer"] for row in rows]
+REWARDS = """
+import random, torch
+calls, drawn = [], []
+def zero(prompts, responses, rows):
+    calls.append((prompts, responses, rows))
+    return [0.0] * len(rows)
+def drawing(prompts, responses, rows):
+    drawn.append((random.random(), torch.rand(1).item()))
+    if len(drawn) == 4:
+        random.seed(99), torch.manual_seed(99)
+    return [0.0] * len(rows)
+"""
+
+
+def test_a_reward_sees_each_prompt_k_times_a_missing_eos_costs_and_random_numbers_change_nothing(tmp_path, train):
+    (tmp_path / "reward.py").write_text(REWARDS)
+    prompts = write_rows(tmp_path / "mine.jsonl", [{"prompt": f"A fox {i}.", "answer": i} for i in range(8)])
+    runs = []
+    for name in ("zero", "drawing"):
+        rows, _ = train(
+            "--reward", f"{tmp_path}/reward.py:{name}", "--prompts", prompts, "--samples-per-prompt", 2, "--lr", 0.01,
+            "--iterations", 2, "--ppo-epochs", 1, "--missing-eos-penalty", 3, "--advantage", "bandit", "--kl-coef", 0,
+            output=tmp_path / name,
+        )
+        runs.append(contents(tmp_path / name))
+    assert runs[0] == runs[1] and rows[1]["kl"] != 0
+    seen = harness.load_function(f"{tmp_path}/reward.py:zero").__globals__
+    assert len(seen["drawn"]) == 8 and all(len(set(column)) == 8 for column in zip(*seen["drawn"]))
+    in_loop = seen["calls"][3:5]  # 24 held-out prompts come first, and last, 8 at a time
+    assert len(seen["calls"]) == 3 + 2 + 3
+    for prompts, responses, given in in_loop:
+        answers = [row["answer"] for row in given]
         assert prompts == [f"A fox {i}." for i in answers] and answers[::2] == answers[1::2]
         assert len(set(responses)) > 4 and all(isinstance(text, str) for text in responses)
-    assert sorted(row["answer"] for _, _, rows in in_loop for row in rows[::2]) == list(range(8))
-    row = iterations(tmp_path / "out")[0]  # the critic starts with a head of zeros
-    assert row["score"] == 0 and 0 < row["eos_rate"] < 1
-    assert row["value_loss"] == pytest.approx(9 * (1 - row["eos_rate"]))
+    assert sorted(row["answer"] for _, _, given in in_loop for row in given[::2]) == list(range(8))
+    assert rows[0]["score"] == 0 and 0 < rows[0]["eos_rate"] < 1
+    assert rows[0]["value_loss"] == pytest.approx(9 * (1 - rows[0]["eos_rate"]))  # V starts at 0
 
 
-def test_a_reward_may_draw_and_seed_and_changes_nothing_of_the_run(world, tmp_path, run_stage):
-    (tmp_path / "reward.py").write_text(
-        "import random, torch\n"
-        "drawn = []\n"
-        "def length(prompts, responses, rows):\n"
-        "    return [len(response) for response in responses]\n"
-        "def drawing(prompts, responses, rows):\n"
-        "    drawn.append((random.random(), torch.rand(1).item()))\n"
-        "    if len(drawn) == 4:\n"
-        "        random.seed(99), torch.manual_seed(99)\n"
-        "    return length(prompts, responses, rows)\n"
-    )
-    runs = []
-    for name in ("length", "drawing"):
-        output, spec = tmp_path / name, f"{tmp_path}/reward.py:{name}"
-        assert run_stage(ppo, *flags(world, output, "--reward", spec, "--lr", "0.01"))[0] == 0
-        log = read_rows(output / "metrics.jsonl")
-        for row in log:
-            for key in [key for key in row if "second" in key or key == "peak_memory_gb"]:
-                del row[key]
-        runs.append((log, read_rows(output / "samples.jsonl"), load_file(output / WEIGHTS)))
-    assert runs[0][:2] == runs[1][:2] and runs[0][0][2]["kl"] != 0
-    assert all(torch.equal(runs[0][2][key], runs[1][2][key]) for key in runs[0][2])
-    drawn = harness.load_function(f"{tmp_path}/reward.py:drawing").__globals__["drawn"]
-    assert len(drawn) == 8 and all(len(set(column)) == 8 for column in zip(*drawn))
-
-
-def test_gradient_checkpointing_changes_no_figure(world, tmp_path, run_stage):
-    logs = []
-    for more in ([], ["--gradient-checkpointing"]):
-        output = tmp_path / f"out{more}"
-        assert run_stage(ppo, *flags(world, output, "--lr", "0.01", *more))[0] == 0
-        logs.append(iterations(output))
-    for plain, checkpointed in zip(*logs, strict=True):
-        for key in plain:
-            if isinstance(plain[key], float) and "second" not in key and key != "peak_memory_gb":
-                assert checkpointed[key] == pytest.approx(plain[key], 1e-3, 1e-5), key
+# === Models and evaluation ========================================================================
+def loaded(world, **changes):
+    """(cfg, tokenizer, rows, models) as main has them before its loop."""
+    prompts = [str(world / "prompts.jsonl")]
+    files = dict(policy=str(world / "sft"), reward=[str(world / "reward_model")], prompts=prompts, eval_prompts=prompts)
+    cfg = ppo.Config(response_length=6, batch_size=16, **files, **changes)
+    tokenizer = common.load_tokenizer(cfg.policy)
+    rows, _ = ppo.load_prompts(cfg, tokenizer)
+    return cfg, tokenizer, rows, ppo.load_models(cfg, tokenizer, 64, torch.device("cpu"))
 
 
 def test_compile_wraps_each_of_the_four_models_and_changes_no_gradient(world, monkeypatch):
@@ -485,18 +382,6 @@ def test_compile_wraps_each_of_the_four_models_and_changes_no_gradient(world, mo
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(*gradients, strict=True))
 
 
-def loaded(world, **changes):
-    """(cfg, tokenizer, rows, models) as main has them before its loop."""
-    prompts = [str(world / "prompts.jsonl")]
-    cfg = ppo.Config(
-        policy=str(world / "sft"), reward=[str(world / "reward_model")], prompts=prompts,
-        eval_prompts=prompts, response_length=6, batch_size=16, **changes,
-    )
-    tokenizer = common.load_tokenizer(cfg.policy)
-    rows, _ = ppo.load_prompts(cfg, tokenizer)
-    return cfg, tokenizer, rows, ppo.load_models(cfg, tokenizer, 64, torch.device("cpu"))
-
-
 def test_evaluation_samples_are_the_same_at_each_call_and_draw_nothing_from_torch(world):
     cfg, tokenizer, rows, (policy, ref_policy, _, scorers) = loaded(world)
     judge = FunctionScorer(f"{harness.DATA / 'true_reward.py'}:true_reward")
@@ -514,29 +399,31 @@ def test_evaluation_samples_are_the_same_at_each_call_and_draw_nothing_from_torc
 
 
 @pytest.mark.parametrize("dtype, attention", [("float32", "auto"), ("bf16", "eager")])
-def test_frozen_matrices_are_bf16_and_attention_is_that_of_the_flag(world, dtype, attention):
+def test_frozen_matrices_are_bf16_attention_is_that_of_the_flag_and_the_critic_a_copy(world, dtype, attention):
     *_, (policy, ref_policy, critic, (scorer,)) = loaded(world, dtype=dtype, attention=attention)
     frozen = torch.bfloat16 if dtype == "bf16" else torch.float32
     for model in (policy, ref_policy, critic, scorer.model):
-        expected = torch.float32 if model in (policy, critic) else frozen
-        assert model.base_model.layers[0].mlp.up_proj.weight.dtype == expected
+        is_trained = model in (policy, critic)
+        assert model.base_model.layers[0].mlp.up_proj.weight.dtype == (torch.float32 if is_trained else frozen)
+        assert all(weight.requires_grad == is_trained for weight in model.parameters())
         assert model.config._attn_implementation == {"auto": "sdpa"}.get(attention, attention)
     assert scorer.model.score.weight.dtype == torch.float32
+    tokens, mask, _ = a_rollout(tiny_lm())  # it predicts the score itself at the end
+    assert torch.equal(common.token_scores(critic, tokens, mask), common.token_scores(scorer.model, tokens, mask))
+    assert critic.score.weight.data_ptr() != scorer.model.score.weight.data_ptr()
     with pytest.raises(common.UserError, match="sft can't be loaded.*[Ff]lash"):
         loaded(world, attention="flash_attention_2")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_ratio_1_and_kl_0_hold_on_cuda_in_bf16(world, tmp_path, run_stage, critic):
+def test_ratio_1_and_kl_0_hold_on_cuda_in_bf16(tmp_path, train, critic):
     """For another shape cuBLAS may add in another order. Then a logit is the next bf16 number, at
     most 2^-8 of its size away, and a log-probability moves by at most twice that.
     """
-    more = ["--critic", critic, "--dtype", "bf16", "--device", "cuda", "--lr", "1e-4"]
-    assert run_stage(ppo, *flags(world, tmp_path, *more))[0] == 0
+    rows, _ = train("--critic", critic, "--dtype", "bf16", "--device", "cuda", "--lr", 1e-4, "--iterations", 2)
     policy = AutoModelForCausalLM.from_pretrained(tmp_path)
     bound = 2 * 2**-8 * policy(torch.arange(3, 67)[None]).logits.abs().max().item()  # nats a token
-    rows = iterations(tmp_path)
     assert all(abs(row["ratio_first"] - 1) <= math.expm1(bound) for row in rows)
     assert all(row["approx_kl_first"] <= math.expm1(bound) - bound for row in rows)
     assert abs(rows[0]["kl"]) <= bound * rows[0]["response_length"]

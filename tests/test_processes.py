@@ -1,25 +1,29 @@
-"""Several processes by torchrun: the results of one, and errors that are printed once."""
+"""Several processes: the results of one, and under torchrun errors that are printed once."""
 
-import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from conftest import DEMONSTRATIONS, PREFERENCES, PROMPTS, ROOT, read_rows, write_rows
-from test_resume import TIMES
+from test_resume import STAGES, TIMES
 from test_rewards import save_encoder
+from transformers.models.llama import modeling_llama
 
 import common
 import harness
+import ppo
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 REWARD = """
 import os, pathlib
 def reward(prompts, responses, rows):
@@ -39,50 +43,14 @@ def scarce(*arguments, **options):
 ppo.forward_responses = scarce
 harness.run_stage(ppo.main, ppo.Config, "")
 """
-KINDS = {  # {name: [stage, flag, ...]}; of ppo, flags that replace those of `flags_of`
-    "sft": ["sft"], "reward_model": ["reward_model"], "gae": ["ppo"],
+KINDS = {  # {name: [stage, flag, ...]}
+    "sft": ["sft"], "reward_model": ["reward_model"],
     "adaptive": ["ppo", "--kl-target", 0.01, "--kl-coef", 0.3, "--max-approx-kl", 1e-3],
-    "shared": ["ppo", "--critic", "shared", "--advantage", "bandit", "--entropy-coef", 0.01],
-    "function": ["ppo", "--reward", "{}/mine.py:reward", "{}/reward_model", "--judge",
-                 "{}/mine.py:reward", "--samples-per-prompt", 2],
-    "elsewhere": ["ppo", "--reward", "{}/encoder"],  # reads texts
+    "sum": ["ppo", "--reward", "{}/mine.py:reward", "{}/reward_model", "--judge", "{}/mine.py:reward",
+            "--samples-per-prompt", 2],
+    "shared": ["ppo", "--critic", "shared", "--advantage", "bandit", "--entropy-coef", 0.01,
+               "--reward", "{}/encoder"],  # which reads texts
 }
-
-
-def returns(value):
-    def function():
-        return value
-
-    return function
-
-
-def start(command, count=1):
-    """Starts a command, by torchrun if there are several processes of it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-    words = [sys.executable, *(torchrun if count > 1 else []), *command]
-    pipe = subprocess.PIPE
-    words = list(map(str, words))
-    return subprocess.Popen(words, env=ENVIRONMENT, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-
-def flags_of(folder, stage, *more):
-    """Returns the flags of a short run; those in `more` replace the ones here."""
-    words = ["--batch-size", 8, "--microbatch-size", 2, "--lr", 1e-3, "--device", "cpu"]
-    if stage == "ppo":
-        words += ["--policy", folder / "sft", "--reward", folder / "reward_model"]
-        words += ["--prompts", folder / "prompts.jsonl", "--eval-prompts", folder / "few.jsonl"]
-        words += ["--minibatch-size", 4, "--response-length", 6, "--iterations", 2]
-        words += ["--eval-every", 1]
-    else:
-        data = folder / f"{stage}.jsonl"
-        words += ["--model", folder / "sft", "--data", data, "--eval-data", data, "--epochs", 1]
-    flags = {}
-    for word in map(str, [*words, *more]):
-        if word.startswith("--"):
-            name = word
-            flags[name] = []
-        flags[name].append(word.format(folder))
-    return sum(flags.values(), [])
 
 
 @pytest.fixture(scope="module")
@@ -100,35 +68,74 @@ def folder(world, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def results(folder):
-    """The folder with the runs of one process in 1/ and of three in 3/, each from one start."""
-    for count in (1, 3):
-        commands = []
-        for name, (stage, *more) in KINDS.items():
-            output = folder / str(count) / name
-            commands.append([stage, *flags_of(folder, stage, *more), "--output", str(output)])
-        (folder / f"{count}.json").write_text(json.dumps(commands))
-        run = start(["tests/several.py", folder / f"{count}.json"], count)
-        out, err = run.communicate(timeout=300)
-        assert run.returncode == 0, err
-        assert out.count("wrote ") == len(commands), out  # rank 0 alone prints
-    return folder
+def flags_of(folder, stage, *more):
+    """Returns the flags of a short run; those in `more` replace the ones here."""
+    words = ["--batch-size", 8, "--microbatch-size", 2, "--lr", 1e-3, "--device", "cpu"]
+    if stage == "ppo":
+        words += ["--policy", folder / "sft", "--reward", folder / "reward_model", "--minibatch-size", 4]
+        words += ["--prompts", folder / "prompts.jsonl", "--eval-prompts", folder / "few.jsonl"]
+        words += ["--response-length", 6, "--iterations", 2, "--eval-every", 1, "--ppo-epochs", 2]
+    else:
+        data = folder / f"{stage}.jsonl"
+        words += ["--model", folder / "sft", "--data", data, "--eval-data", data, "--epochs", 1]
+    flags = {}
+    for word in map(str, [*words, *more]):
+        if word.startswith("--"):
+            name = word
+            flags[name] = []
+        flags[name].append(word.format(folder))
+    return sum(flags.values(), [])
+
+
+# === Forks of this process ========================================================================
+def be_one_of(count, rank, port, stage, flags):
+    """Runs a stage as one of several processes, in float64, where rounding hides nothing."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    for module in (common, ppo, modeling_llama):  # other libraries must go on to know what float32 is
+        module.torch = types.ModuleType("torch")
+        vars(module.torch).update(vars(torch), float32=torch.float64, float=torch.float64)
+    if count > 1:  # as torchrun sets them
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        harness.IS_TORCHRUN, harness.RANK = True, rank
+    sys.argv = [f"{stage}.py", *flags]
+
+    def main(cfg):
+        STAGES[stage].main(cfg)
+        assert count == 1 or dist.get_world_size() == count
+
+    harness.run_stage(main, STAGES[stage].Config, "")
+
+
+def run_forks(count, stage, flags):
+    """Runs a stage in several forks of this process, which saves their start. Returns the exit statuses."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    forks = [fork.Process(target=be_one_of, args=(count, rank, port, stage, flags)) for rank in range(count)]
+    for process in forks:
+        process.start()
+    for process in forks:
+        process.join(100)
+    return [process.exitcode for process in forks]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_three_processes_change_no_metric_and_no_weight(name, results):
-    one, many = results / "1" / name, results / "3" / name
+def test_three_processes_change_no_metric_and_no_weight(name, folder, tmp_path, capfd):
+    (stage, *more), one, many = KINDS[name], tmp_path / "1", tmp_path / "3"
+    assert run_forks(1, stage, [*flags_of(folder, stage, *more), "--output", str(one)]) == [0]
+    capfd.readouterr()
+    assert run_forks(3, stage, [*flags_of(folder, stage, *more), "--output", str(many)]) == [0] * 3
+    assert capfd.readouterr().out.count("wrote ") == 1  # rank 0 alone prints
     rows, others = read_rows(one / "metrics.jsonl"), read_rows(many / "metrics.jsonl")
     assert len(rows) == len(others) > 1
     for row, other in zip(rows, others):
         assert row.keys() == other.keys()
         for key in row.keys() - TIMES - {"split"}:
-            same = row[key]
-            if same is not None:
-                same = pytest.approx(same, rel=1e-6, abs=1e-9)
+            same = row[key] if row[key] is None else pytest.approx(row[key], rel=1e-6, abs=1e-9)
             assert other[key] == same, (key, row["iteration"])
-    moved, begun = 0.0, safetensors.torch.load_file(results / "sft" / "model.safetensors")
+    moved, begun = 0.0, safetensors.torch.load_file(folder / "sft" / "model.safetensors")
     for path in one.rglob("*.safetensors"):
         ours = safetensors.torch.load_file(path)
         theirs = safetensors.torch.load_file(many / path.relative_to(one))
@@ -141,34 +148,51 @@ def test_three_processes_change_no_metric_and_no_weight(name, results):
     assert moved > 1e-4  # something was learned
 
 
-def test_shares_cover_all_rows_once_and_each_process_has_its_device(monkeypatch):
+def test_bad_input_is_printed_once_and_a_lone_process_says_that_it_is_alone(folder, tmp_path, monkeypatch, capfd):
+    assert run_forks(2, "ppo", flags_of(folder, "ppo", "--minibatch-size", 1, "--output", tmp_path / "run")) == [2, 2]
+    [error] = re.findall("ppo.py: .*", capfd.readouterr().err)
+    assert "each process needs a row" in error and not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    harness.join_processes(None, None)
+    assert "this process trains alone" in capfd.readouterr().out
+
+
+def test_shares_cover_all_rows_once(monkeypatch):
     rows, tensor, numbers = [1, 2, 3], torch.ones(2), {"loss": 1.5}
     assert common.share(rows) is rows and common.total(tensor) is tensor  # alone
     assert harness.sum_over_processes([], numbers) is numbers and harness.greatest(7) == 7
-    monkeypatch.setattr(torch.distributed, "is_initialized", returns(True))
-    monkeypatch.setattr(torch.distributed, "get_world_size", returns(3))
+    monkeypatch.setattr(dist, "is_initialized", Mock(return_value=True))
+    monkeypatch.setattr(dist, "get_world_size", Mock(return_value=3))
     for rows in ([], [5], list(range(10)), torch.arange(10)):
         shares = []
         for rank in range(3):
-            monkeypatch.setattr(torch.distributed, "get_rank", returns(rank))
+            monkeypatch.setattr(dist, "get_rank", Mock(return_value=rank))
             shares.append([int(row) for row in common.share(rows)])
         assert sorted(sum(shares, [])) == [int(row) for row in rows]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert list(common.parts_by_length(torch.ones(2, 4).bool(), torch.arange(2), 1)) == []
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    def zeros(size, device):
-        return types.SimpleNamespace(device=device)
-
+@pytest.mark.parametrize("is_torchrun, name, own", [
+    (True, "cuda", "cuda:2"), (True, "cuda:4", "cuda:6"), (True, "cpu", "cpu"),
+    (False, "cuda", "cuda"), (False, "cuda:1", "cuda:1"),
+])
+def test_each_process_has_a_gpu_of_its_own(is_torchrun, name, own, monkeypatch):
+    zeros = Mock()
     monkeypatch.setattr(torch, "zeros", zeros)
-    for is_torchrun, name, own in (
-        (True, "cuda", "cuda:2"), (True, "cuda:4", "cuda:6"), (True, "cpu", "cpu"),
-        (False, "cuda", "cuda"), (False, "cuda:1", "cuda:1"),
-    ):
-        monkeypatch.setattr(harness, "IS_TORCHRUN", is_torchrun)
-        monkeypatch.setenv("LOCAL_RANK", "2")
-        assert harness.pick_device(name) == own
+    monkeypatch.setattr(harness, "IS_TORCHRUN", is_torchrun)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert harness.pick_device(name) == zeros.return_value.device
+    zeros.assert_called_once_with(1, device=own)
+
+
+# === torchrun =====================================================================================
+def torchrun(program, *flags):
+    """Starts a program in two processes."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, program, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, words)), env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for_rows(run, folder, number):
@@ -185,60 +209,34 @@ def errors_of(run):
     return re.findall(r"ppo\.py: .*error: .*", err), err
 
 
-def test_a_signal_stops_all_a_kill_of_one_ends_all_and_both_leave_a_checkpoint(folder, tmp_path):
+def test_a_signal_stops_all_and_one_process_alone_can_continue(folder, tmp_path, run_stage):
     output = tmp_path / "run"
-    flags = flags_of(folder, "ppo", "--save-every", 3, "--iterations", 400)
-    run = start(["ppo.py", *flags, "--output", output], 2)
+    run = torchrun("ppo.py", *flags_of(folder, "ppo", "--iterations", 400, "--output", output))
     wait_for_rows(run, output, 4)
     run.send_signal(signal.SIGTERM)  # torchrun hands it on
     errors, err = errors_of(run)
     assert err.count("stopping after this iteration") == 1 and not errors, err
     assert err.count("stopped; to go on: torchrun ... ppo.py --resume --output") == 1, err
-    [checkpoint] = output.glob("checkpoint-*")
-    step = torch.load(checkpoint / "state.pt", weights_only=True)["step"]
-    assert checkpoint.name == f"checkpoint-{step}" and step < 400
-    resume = ["ppo.py", "--resume", "--output", output]
-    run = start(resume, 2)
-    wait_for_rows(run, output, 2 * step + 7)  # two rows an iteration; a later one was saved
-    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
-    errors_of(run)
-    last = harness.checkpoints(output)[-1]
-    step = int(last.name[11:]) + 1
-    assert step > int(checkpoint.name[11:]) + 1
-    alone = start([*resume, "--iterations", step])
-    _, err = alone.communicate(timeout=100)
-    assert alone.returncode == 0, err
+    [checkpoint] = harness.checkpoints(output)
+    step = int(checkpoint.name[11:])
+    status, out, err = run_stage(ppo, "--resume", "--output", output, "--iterations", step + 1)
+    assert status == 0 and step < 400 and f"resumed after {step} iterations" in out, err
     rows = [row for row in read_rows(output / "metrics.jsonl") if "split" not in row]
-    assert [row["iteration"] for row in rows] == list(range(1, step + 1))
+    assert [row["iteration"] for row in rows] == list(range(1, step + 2))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_process_is_printed_once_and_ends_all(rank, folder, tmp_path):
-    program, reward, now = "ppo.py", folder / "reward_model", folder / "now"
-    if rank == 0:
-        reward = f"{folder}/mine.py:reward"
-    else:  # memory runs out there
-        program = tmp_path / "ppo.py"
+@pytest.mark.parametrize("rank, problem", [
+    (0, "failed: AssertionError: mine"), (1, "process 1: error: out of memory"),
+])
+def test_an_error_of_one_process_is_printed_once_and_ends_all(rank, problem, folder, tmp_path):
+    program, reward, now = "ppo.py", f"{folder}/mine.py:reward", folder / "now"
+    if rank == 1:  # memory runs out there
+        program, reward = tmp_path / "ppo.py", folder / "reward_model"
         program.write_text(SCARCE.format(root=str(ROOT), now=str(now)))
     output = tmp_path / "run"
-    flags = flags_of(folder, "ppo", "--iterations", 400, "--reward", reward)
-    run = start([program, *flags, "--output", output], 2)
+    run = torchrun(program, *flags_of(folder, "ppo", "--iterations", 400, "--reward", reward, "--output", output))
     wait_for_rows(run, output, 4)
     now.touch()
     errors, err = errors_of(run)
     now.unlink()
-    assert len(errors) == 1, err
-    assert ("failed: AssertionError: mine", "process 1: error: out of memory")[rank] in errors[0]
-
-
-def test_bad_input_is_printed_once_and_a_lone_process_says_that_it_is_alone(
-    folder, tmp_path, monkeypatch, capsys
-):
-    flags = flags_of(folder, "ppo", "--minibatch-size", 1, "--output", tmp_path / "run")
-    errors, err = errors_of(start(["ppo.py", *flags], 2))
-    assert len(errors) == 1 and "each process needs a row" in errors[0], err
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    harness.join_processes(None, None)
-    assert "this process trains alone" in capsys.readouterr().out
+    assert len(errors) == 1 and problem in errors[0], err

@@ -12,9 +12,7 @@ from conftest import DEMONSTRATIONS, read_rows, tiny_lm, tiny_scalar
 from test_chat_and_formats import CHATML, HH, a_tokenizer
 from test_cli import ppo_flags, refused
 from test_resume import STAGES, contents, flags_of, in_child, stopped
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 import common
 import ppo
@@ -38,42 +36,35 @@ VALUES = {  # what a function returns for three responses: the scores, or None i
 
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_numbers_in_any_form_count_as_they_are_and_all_else_is_refused_by_name(tmp_path):
-    code = "import numpy, sys, torch\nfrom fractions import Fraction\n"
-    code += "async def later(): return [1, 2, 3]\n"
+    code = "import numpy, sys, torch\nfrom fractions import Fraction\nasync def later(): return [1, 2, 3]\n"
     for number, value in enumerate(VALUES):
         code += f"def f{number}(prompts, responses, rows): return {value}\n"
     (tmp_path / "values.py").write_text(code)
-    rows = [{"prompt": "A fox."}, {"prompt": "An owl."}, {"prompt": "A bear."}]
+    given = torch.zeros(3, 5), None, [{"prompt": "A fox."}] * 3, ["a", "bc", ""]
     for number, (value, expected) in enumerate(VALUES.items()):
         scorer = rewards.FunctionScorer(f"{tmp_path}/values.py:f{number}")
         if expected is None:
             with pytest.raises(common.UserError, match=f"values.py:f{number} (failed|returned)"):
-                scorer(torch.zeros(3, 5), None, rows, ["a", "bc", ""])
+                scorer(*given)
         else:
-            scores = scorer(torch.zeros(3, 5), None, rows, ["a", "bc", ""])
+            scores = scorer(*given)
             assert scores.tolist() == expected and not scores.requires_grad, value
             assert scores.dtype == torch.float32
 
 
-def test_a_file_runs_once_for_all_flags_and_its_functions_cannot_change_what_the_run_sees(
-    world, tmp_path, run_stage
-):
+def test_a_file_runs_once_for_all_flags_and_its_functions_cannot_change_what_the_run_sees(world, tmp_path, run_stage):
     (tmp_path / "shared.py").write_text("lengths, log = {}, []\n")
-    (tmp_path / "math.py").write_text(  # it is called like a library's module
-        "import math, shared\nassert math.sqrt(4) == 2\n"
-        "open(f'{__file__}.runs', 'a').write('x')\n"
+    file = tmp_path / "math.py"  # it is called like a library's module
+    file.write_text(
+        "import math, shared\nassert math.sqrt(4) == 2\nopen(f'{__file__}.runs', 'a').write('x')\n"
         "def greedy(prompts, responses, rows):\n"
         "    shared.lengths.update({text: len(text) for text in responses})\n"
-        "    prompts.clear(), responses.clear(), rows[0].clear(), rows.clear()\n"
-        "    return [0.0] * 8\n"
-        "def length(prompts, responses, rows):\n"
-        "    return [shared.lengths[text] for text in responses]\n"
+        "    prompts.clear(), responses.clear(), rows[0].clear(), rows.clear()\n    return [0.0] * 8\n"
+        "def length(prompts, responses, rows):\n    return [shared.lengths[text] for text in responses]\n"
         "def log(row):\n    shared.log.append(row)\n"
     )
-    file = tmp_path / "math.py"
-    flags = ["--reward", f"{file}:greedy", f"{file}:length", "--judge", f"{file}:length"]
-    flags = ppo_flags(world, tmp_path / "out", *flags, "--log", f"{file}:log")
-    status, _, err = run_stage(ppo, *flags)
+    flags = ["--reward", f"{file}:greedy", f"{file}:length", "--judge", f"{file}:length", "--log", f"{file}:log"]
+    status, _, err = run_stage(ppo, *ppo_flags(world, tmp_path / "out", *flags))
     assert status == 0, err
     assert (tmp_path / "math.py.runs").read_text() == "x"
     for row in read_rows(tmp_path / "out" / "samples.jsonl"):
@@ -86,13 +77,12 @@ REWARD = '''
 import multiprocessing, os, signal, subprocess, sys
 calls = []
 def length(text):
-    return float(len(text))
+    return len(text)
 def score(prompts, responses, rows):
     calls.append(None)
     if len(calls) == 1:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            lengths = pool.map_async(length, responses).get(timeout=60)
-            assert lengths == [len(text) for text in responses]
+            assert pool.map_async(length, responses).get(timeout=60) == [len(text) for text in responses]
     if len(calls) < 5 or os.path.exists("sent"):
         return [1.0] * len(responses)
     wait = [sys.executable, "-S", "-c", "print(flush=True); import time; time.sleep(0.5)"]
@@ -113,8 +103,7 @@ def test_workers_can_import_a_function_and_a_ctrl_c_stops_the_run_but_no_program
 
     def run():
         os.setsid()
-        spec = "reward_with_workers.py:score"
-        flags = ppo_flags(world, "out", "--reward", spec, "--iterations", 4)
+        flags = ppo_flags(world, "out", "--reward", "reward_with_workers.py:score", "--iterations", 4)
         status, _, err = run_stage(ppo, *flags)
         assert "to go on: " in err, err
         return [status]
@@ -125,7 +114,6 @@ def test_workers_can_import_a_function_and_a_ctrl_c_stops_the_run_but_no_program
     assert os.path.isdir("out/checkpoint-2")
     status, out, err = run_stage(ppo, "--resume", "--output", "out")
     assert status == 0 and "resumed after 2" in out, err
-
 
 
 # === Reward models ================================================================================
@@ -147,28 +135,17 @@ def save_decoder(path, template=None, pad="<|pad|>", eos="<|end|>", **config):
 
 
 def save_encoder(path, kind="bert"):
-    """Writes a one-label BERT or RoBERTa with a word-level tokenizer that joins pairs."""
-    texts = [text for row in DEMONSTRATIONS for text in row.values()] + [" ".join(x) for x in TEXTS]
+    """Writes a one-label BERT or RoBERTa with a tokenizer of words that joins pairs."""
+    texts = [text for row in DEMONSTRATIONS for text in row.values()] + [" ".join(pair) for pair in TEXTS]
     words = " ".join(texts).lower().replace(".", " .").replace("?", " ?").split()
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*words})]
-    vocabulary = {word: i for i, word in enumerate(names)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_input_names=inputs if kind == "bert" else inputs[::2],
-        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-    )
-    torch.manual_seed(0)
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*words})]
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    tokenizer = BertTokenizer(vocab={name: i for i, name in enumerate(names)}, model_input_names=inputs)
     make_config = transformers.BertConfig if kind == "bert" else transformers.RobertaConfig
+    torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(make_config(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, num_labels=1, initializer_range=0.3, pad_token_id=0,
-        max_position_embeddings=64,
+        vocab_size=len(names), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_labels=1, initializer_range=0.3, pad_token_id=0, max_position_embeddings=64,
     )).eval()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -189,11 +166,6 @@ def scores_of(scorer, prompts, responses):
     return scorer(torch.zeros(1), None, rows, responses).tolist()
 
 
-def read_by_hand(model, ids, index=-1):
-    """Returns a decoder's head at one token of a text."""
-    return model.score(model.model(torch.tensor([ids])).last_hidden_state[0, index]).item()
-
-
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_an_encoder_reads_prompt_and_response_as_a_pair_alone_and_in_a_batch(kind, world, tmp_path):
     model, tokenizer = save_encoder(tmp_path, kind)
@@ -207,45 +179,38 @@ def test_an_encoder_reads_prompt_and_response_as_a_pair_alone_and_in_a_batch(kin
     assert scores_of(scorer, prompts[:1], responses[:1]) == pytest.approx(scores[:1], abs=1e-5)
 
 
-@pytest.mark.parametrize("pad", ["<|pad|>", None, "<|end|>"])
-def test_a_decoder_from_elsewhere_reads_what_its_own_forward_reads_whatever_its_pad(
-    pad, world, tmp_path
+CHAT = "<|start|><|im_start|>user\n{}<|im_end|>{}<|im_start|>assistant\n{}<|im_end|>"
+ONE_LINE = CHATML.replace("<|im_end|>\n", "<|im_end|>")
+SCALE = dict(reward_mean=0.25, reward_std=2.0)
+
+
+@pytest.mark.parametrize("text, index, template, eos, pad, scale", [
+    ("{}{}{}<|end|>", -1, None, "<|end|>", "<|pad|>", {}), ("{}{}{}<|end|>", -1, None, "<|end|>", None, {}),
+    # With pad = EOS, transformers reads the token before EOS, and that head was trained there.
+    ("{}{}{}<|end|>", -2, None, "<|end|>", "<|end|>", {}),
+    (CHAT, -1, ONE_LINE, "<|end|>", "<|pad|>", {}),  # no EOS is added
+    # Ours; ChatML puts a line feed after the EOS, and a forward pass of the whole text would read that.
+    ("{}{}{}<|end|>", -1, None, "<|end|>", "<|pad|>", SCALE), (CHAT, -1, CHATML, "<|im_end|>", "<|pad|>", SCALE),
+])
+def test_a_decoder_of_other_tokens_is_read_where_it_was_trained(
+    text, index, template, eos, pad, scale, world, tmp_path
 ):
-    """With pad = EOS, transformers reads the token before EOS, and that head was trained there."""
-    model, tokenizer = save_decoder(tmp_path, pad=pad)
-    scores = scores_of(load(tmp_path, world), *zip(*TEXTS))
-    for (prompt, response), score in zip(TEXTS, scores, strict=True):
-        ids = tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"]
-        ids.append(tokenizer.eos_token_id)
-        expected = read_by_hand(model, ids, -2 if pad == "<|end|>" else -1)
-        assert score == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_template_makes_a_plain_prompt_the_users_message(world, tmp_path):
-    model, tokenizer = save_decoder(tmp_path, CHATML.replace("<|im_end|>\n", "<|im_end|>"))
+    model, tokenizer = save_decoder(tmp_path, template, pad, eos, **scale)
+    prompts, responses = zip(*TEXTS)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    expected = []
+    for prompt, response in TEXTS:
+        line_feed = "\n" if template == CHATML else ""
+        whole = text.format(prompt, line_feed, response.strip() if template else response)
+        hidden = model.model(torch.tensor([tokenizer(whole, add_special_tokens=False)["input_ids"]])).last_hidden_state
+        expected.append(model.score(hidden[0, index]).item())
+    if scale:
+        expected = [(score - 0.25) / 2 for score in expected]
     scorer = load(tmp_path, world)
-    chat = [{"role": "user", "content": TEXTS[0][0]}]
-    scores = scores_of(scorer, [chat, TEXTS[0][0]], [TEXTS[0][1]] * 2)
-    text = "<|start|><|im_start|>user\nA fox meets a cub.<|im_end|><|im_start|>assistant\n"
-    text += "The fox helps the cub.<|im_end|>"  # no EOS is added
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert scores == pytest.approx([read_by_hand(model, ids)] * 2, abs=1e-5)
-
-
-@pytest.mark.parametrize("template", [None, CHATML])
-def test_our_reward_model_of_other_tokens_is_read_where_it_was_trained(template, world, tmp_path):
-    """ChatML puts a line feed after the EOS; a forward pass of the whole text would read that."""
-    eos = "<|im_end|>" if template else "<|end|>"
-    model, tokenizer = save_decoder(tmp_path, template, eos=eos, reward_mean=0.25, reward_std=2.0)
-    prompt, response = TEXTS[0]
-    text = prompt + response + eos
     if template:
-        text = f"<|start|><|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        text += response.strip() + eos
-        prompt = [{"role": "user", "content": prompt}]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    score = scores_of(load(tmp_path, world), [prompt], [response])
-    assert score == pytest.approx([(read_by_hand(model, ids) - 0.25) / 2], abs=1e-5)
+        assert scores_of(scorer, chats, responses) == pytest.approx(expected, abs=1e-5)
+    if not (template and scale):  # a template makes a plain prompt the user's message, but not for ours
+        assert scores_of(scorer, prompts, responses) == pytest.approx(expected, abs=1e-5)
 
 
 def test_only_ours_with_the_policys_tokens_template_and_ids_reads_tokens(world, tmp_path, capsys):
@@ -272,8 +237,7 @@ def test_a_family_without_a_classifier_gets_one_that_saves_resumes_and_loads_as_
     config = zoo.FAMILIES[family][1](transformers)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "lm")
     AutoTokenizer.from_pretrained(world / "sft").save_pretrained(tmp_path / "lm")
-    flags = flags_of("reward_model", world, "--epochs", 1)
-    flags[flags.index("--model") + 1] = tmp_path / "lm"
+    flags = flags_of("reward_model", world, "--epochs", 1, "--model", tmp_path / "lm")
     assert run_stage(reward_model, *flags, "--output", tmp_path / "whole")[0] == 0
     stopped(monkeypatch, run_stage, "reward_model", tmp_path / "parts", flags, 2)
     assert run_stage(reward_model, "--resume", "--output", tmp_path / "parts")[0] == 0
@@ -286,57 +250,42 @@ def test_a_family_without_a_classifier_gets_one_that_saves_resumes_and_loads_as_
         assert model(tokens).logits.item() == pytest.approx(raw, abs=1e-5)
     scorer = load(tmp_path / "whole", world)
     assert scorer.reads_tokens
-    score = scorer(tokens, torch.ones_like(tokens).bool(), None, None)[0].item()
-    mean, std = model.config.reward_mean, model.config.reward_std
-    assert score == pytest.approx((raw - mean) / std, abs=1e-4)
+    score = scorer(tokens, torch.ones_like(tokens).bool(), None, None).item()
+    assert score == pytest.approx((raw - model.config.reward_mean) / model.config.reward_std, abs=1e-4)
 
 
 # === In a run =====================================================================================
-def test_a_reward_model_from_elsewhere_gets_a_scale_and_the_critic_starts_from_the_policy(
+def test_rewards_are_summed_one_from_elsewhere_gets_a_scale_and_the_critic_starts_from_the_first_of_ours(
     world, tmp_path, run_stage
 ):
     model, tokenizer = save_encoder(tmp_path / "rm")
-    flags = ppo_flags(world, tmp_path / "out", "--reward", tmp_path / "rm", "--response-length", 12)
+    (tmp_path / "rule.py").write_text("def short(prompts, texts, rows):\n    return [-len(t) / 100 for t in texts]\n")
+    flags = ppo_flags(world, tmp_path / "out", "--response-length", 12, "--overwrite", "--reward")
+    flags += [f"{tmp_path / 'rule.py'}:short", tmp_path / "rm"]
     status, out, err = run_stage(ppo, *flags)
     assert status == 0 and "the critic starts from the policy" in out, err
     raw = {}
     for row in read_rows(tmp_path / "out" / "samples.jsonl"):
         inputs = tokenizer(row["prompt"], row["response"].strip(), return_tensors="pt")
-        raw[row["score"]] = model(**inputs).logits.item()
+        raw[row["score"] + len(row["response"]) / 100] = model(**inputs).logits.item()
     low, high = min(raw), max(raw)
     std = (raw[high] - raw[low]) / (high - low)
     mean = raw[low] - std * low
     for score, value in raw.items():  # one scale for all
         assert score == pytest.approx((value - mean) / std, abs=1e-3)
     assert f"mean {mean:.3f} and std {std:.3f}" in out
-    evaluation = read_rows(tmp_path / "out" / "metrics.jsonl")[0]
-    assert abs(evaluation["score"]) < 0.6  # 24 responses like those that were measured
-
-
-def test_several_rewards_are_summed_and_the_critic_starts_from_the_first_model(
-    world, tmp_path, run_stage
-):
-    file = tmp_path / "rule.py"
-    file.write_text("def short(prompts, texts, rows):\n    return [-len(t) / 100 for t in texts]\n")
-    scores = []
-    model, rule = world / "reward_model", f"{file}:short"
-    for names in ([model], [rule], [rule, model]):
-        flags = ppo_flags(world, tmp_path / "out", "--overwrite", "--reward", *names)
-        status, out, err = run_stage(ppo, *flags)
-        assert status == 0 and ("starts from the policy" in out) == (len(scores) == 1), err
-        row = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
-        assert len(row["score_parts"]) == len(names)
-        assert sum(row["score_parts"]) == pytest.approx(row["score"], abs=1e-5)
-        samples = read_rows(tmp_path / "out" / "samples.jsonl")
-        scores.append(torch.tensor([row["score"] for row in samples if row["iteration"] == 0]))
-    alone, rule, both = scores
-    assert torch.allclose(alone + rule, both, atol=1e-5) and rule.abs().max() > 0.01
+    first = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
+    assert abs(first["score_parts"][1]) < 1  # 8 responses like those that were measured
+    assert sum(first["score_parts"]) == pytest.approx(first["score"], abs=1e-5)
+    status, out, err = run_stage(ppo, *flags, world / "reward_model")
+    assert status == 0 and "starts from the policy" not in out, err
+    first = read_rows(tmp_path / "out" / "metrics.jsonl")[1]
+    assert len(first["score_parts"]) == 3 and sum(first["score_parts"]) == pytest.approx(first["score"], abs=1e-5)
 
 
 def test_reward_models_that_cannot_be_used_are_refused_in_one_line(world, tmp_path, run_stage):
     tokenizer = AutoTokenizer.from_pretrained(world / "sft")
-    model = tiny_scalar(vocab_size=len(tokenizer), max_position_embeddings=8)
-    model.save_pretrained(tmp_path / "short")
+    tiny_scalar(vocab_size=len(tokenizer), max_position_embeddings=8).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")
     model, _ = save_encoder(tmp_path / "labels")
     model.config.num_labels = 2
@@ -346,12 +295,11 @@ def test_reward_models_that_cannot_be_used_are_refused_in_one_line(world, tmp_pa
     save_decoder(tmp_path / "begun")
     (tmp_path / "begun" / "args.json").write_text('{"written": [], "finished": false}')
     for name, words in (
-        ("short", "do not fit the 8 positions of"),
-        ("labels", "has 2 labels; a reward model has one"), ("cut", "is no trained reward model"),
+        ("short", "do not fit the 8 positions of"), ("labels", "has 2 labels; a reward model has one"),
+        ("cut", "is no trained reward model"),
         ("begun", f"is not finished; --resume --output {tmp_path / 'begun'} continues it"),
     ):
-        flags = ppo_flags(world, tmp_path / "out", "--reward", tmp_path / name)
-        refused(run_stage(ppo, *flags), "ppo", words)
+        refused(run_stage(ppo, *ppo_flags(world, tmp_path / "out", "--reward", tmp_path / name)), "ppo", words)
     assert not (tmp_path / "out").exists()
 
 
@@ -359,8 +307,7 @@ def test_reward_models_that_cannot_be_used_are_refused_in_one_line(world, tmp_pa
 def test_without_peft_one_line_names_it(world, tmp_path, run_stage, monkeypatch):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    config = {"base_model_name_or_path": str(world / "sft")}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(world / "sft")}))
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     for stage, module in STAGES.items():
         flags = [*flags_of(stage, world), "--output", tmp_path / "out"]
@@ -382,17 +329,14 @@ def test_code_that_comes_with_a_model_is_run_only_if_asked(world, tmp_path, run_
         "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
         "class OwnLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    flags = [*flags_of("sft", world, "--epochs", 1), "--output", tmp_path / "out"]
-    flags[flags.index("--model") + 1] = folder
+    flags = flags_of("sft", world, "--epochs", 1, "--model", folder, "--output", tmp_path / "out")
     refused(run_stage(sft, *flags), "sft", "code of its own", "--trust-remote-code")
     assert not ran.exists()
     status, _, err = run_stage(sft, *flags, "--trust-remote-code")
     assert status == 0 and ran.exists(), err
 
 
-def test_a_hub_id_that_cannot_be_reached_is_announced_and_the_hubs_words_are_kept(
-    monkeypatch, capsys
-):
+def test_a_hub_id_that_cannot_be_reached_is_announced_and_the_hubs_words_are_kept(monkeypatch, capsys):
     def refuse(path, **options):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access.")
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import PROMPTS, ROOT, write_rows
-from test_forks import added_lines, load_fork, steps_of
+from test_forks import check_size, load_fork, steps_of
 from test_resume import contents
 
 import common
@@ -24,32 +24,31 @@ sys.path.append(str(FOLDER))  # a user copies ahead.py to ppo.py
 
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory):
-    return load_fork(PATCH, tmp_path_factory.mktemp("ahead") / "fork")
+    return load_fork(PATCH, tmp_path_factory.mktemp("ahead"))
 
 
 def flags_of(world, output, *more):
     return [
-        "--policy", world / "sft", "--reward", world / "reward_model", "--prompts",
-        world / "prompts.jsonl", "--eval-prompts", world / "prompts.jsonl", "--iterations", 4,
-        "--batch-size", 8, "--minibatch-size", 4, "--response-length", 6, "--eval-every", 3,
-        "--save-every", 2, "--lr", 1e-3, "--device", "cpu", "--output", output,
-        "--sampler-device", "cpu", *more,
+        "--policy", world / "sft", "--reward", world / "reward_model", "--prompts", world / "prompts.jsonl",
+        "--eval-prompts", world / "prompts.jsonl", "--iterations", 4, "--batch-size", 8, "--minibatch-size", 4,
+        "--response-length", 6, "--eval-every", 3, "--save-every", 2, "--lr", 1e-3, "--device", "cpu",
+        "--output", output, "--sampler-device", "cpu", *more,
     ]
 
 
 def record(module, monkeypatch):
     """Returns a list that gets (Batch, weights of the policy before the update) of each rollout."""
-    seen, held, load = [], {}, module.load_models
+    seen, policies, load = [], [], module.load_models
 
     def loaded(cfg, tokenizer, longest, device):
         models = load(cfg, tokenizer, longest, device)
-        held["policy"] = models[0]
+        policies.append(models[0])
         return models
 
     class Recorded(module.Batch):
         def micro_batches(self, index, size):
             if not seen or seen[-1][0] is not self:
-                weights = {name: x.clone() for name, x in held["policy"].state_dict().items()}
+                weights = {name: x.clone() for name, x in policies[-1].state_dict().items()}
                 seen.append((self, weights))
             return super().micro_batches(index, size)
 
@@ -58,54 +57,45 @@ def record(module, monkeypatch):
     return seen
 
 
-def logprobs_of(world, weights, batch):
+@torch.no_grad()
+def logprobs_of(policy, weights, batch):
     """By a whole pass of transformers' own model and a log_softmax, at the responses' tokens."""
-    policy = common.load_causal_lm(str(world / "sft"), common.load_tokenizer(str(world / "sft")))
     policy.load_state_dict(weights)
     width, mask = batch.response_mask.shape[1], batch.attention_mask.long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        output = policy(input_ids=batch.tokens, attention_mask=mask, position_ids=positions)
+    output = policy(input_ids=batch.tokens, attention_mask=mask, position_ids=positions)
     logprobs = output.logits[:, -width - 1 : -1].log_softmax(-1)
     return logprobs.gather(2, batch.tokens[:, -width:, None])[..., 0]
 
 
 def test_the_patch_is_small_and_runs_as_a_command_beside_its_module(ppo, world, tmp_path):
-    number = added_lines(PATCH)
-    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert number <= 40 and f"| `{PATCH.name}` | {number} |" in readme, number
-    for path in [*ROOT.glob("*.py"), FOLDER / "ahead.py", ppo.__file__]:
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "data", tmp_path / "data")
-    (tmp_path / "bad.py").write_text(
+    check_size(PATCH, 40)
+    project = shutil.copytree(os.path.dirname(ppo.__file__), tmp_path / "project")
+    shutil.copy(FOLDER / "ahead.py", project)
+    (project / "bad.py").write_text(
         "calls = []\ndef bad(prompts, responses, rows):\n    calls.append(0)\n"
         "    return [1 / (len(calls) < 4)] * len(rows)\n"  # 3 in the evaluation, then training
     )
-    command = [sys.executable, "ppo.py", *flags_of(world, "out", "--judge", "bad.py:bad")]
-    command = [str(word) for word in command]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = map(str, [sys.executable, "ppo.py", *flags_of(world, "out", "--judge", "bad.py:bad")])
+    run = subprocess.run([*command], cwd=project, capture_output=True, text=True, timeout=120)
     # While the second rollout is sampled the first one's score ends the run, and the thread.
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
-    assert "bad.py:bad failed" in run.stderr and (tmp_path / "out" / "metrics.jsonl").exists()
+    assert "bad.py:bad failed" in run.stderr and (project / "out" / "metrics.jsonl").exists()
 
 
-def test_old_logprobs_are_those_of_the_weights_before_the_last_update(
-    ppo, world, tmp_path, run_stage, monkeypatch
-):
-    many = write_rows(tmp_path / "many.jsonl", [
-        {"prompt": f"{row['prompt']} {i}"} for i, row in enumerate(PROMPTS)
-    ])
+def test_old_logprobs_are_those_of_the_weights_before_the_last_update(ppo, world, tmp_path, run_stage, monkeypatch):
+    many = write_rows(tmp_path / "many.jsonl", [{"prompt": f"{row['prompt']} {i}"} for i, row in enumerate(PROMPTS)])
     flags = flags_of(world, tmp_path / "out", "--prompts", many, "--lr", 1e-2)
     seen, usual = record(ppo, monkeypatch), record(plain, monkeypatch)
     status, out, err = run_stage(ppo, *flags)
     assert status == 0 and "first ratios" not in out and len(seen) == 4, err
-    versions = [weights for _, weights in seen]  # before update 1, before update 2, ...
+    tokenizer = common.load_tokenizer(str(world / "sft"))
+    policy = common.load_causal_lm(str(world / "sft"), tokenizer)
     for i, (batch, _) in enumerate(seen):
-        mask = batch.response_mask
         gaps = []
-        for weights in versions:
-            gap = (logprobs_of(world, weights, batch) - batch.logprobs)[mask].abs().max().item()
-            gaps.append(gap)
+        for _, weights in seen:  # before update 1, before update 2, ...
+            gap = (logprobs_of(policy, weights, batch) - batch.logprobs)[batch.response_mask].abs().max()
+            gaps.append(gap.item())
         assert gaps.pop(max(i - 1, 0)) < 1e-5 and min(gaps) > 1e-3, (i, gaps)
     first, *later = steps_of(tmp_path / "out")
     assert (first["ratio_first"], first["approx_kl_first"], first["kl"]) == (1, 0, 0)
@@ -115,24 +105,15 @@ def test_old_logprobs_are_those_of_the_weights_before_the_last_update(
     # Prompts come in the order in which they come without it; without the flag nothing changes.
     without = [*flags[: flags.index("--sampler-device")], "--prompts", many]
     assert run_stage(plain, *without, "--output", tmp_path / "usual")[0] == 0
-    tokenizer = common.load_tokenizer(str(world / "sft"))
-    asked = {}
-    for name, batches in (("ahead", seen), ("usual", usual)):
-        asked[name] = []
-        for batch, _ in batches:
-            prompt = slice(batch.tokens.shape[1] - batch.response_mask.shape[1])
-            pairs = zip(batch.tokens[:, prompt], batch.attention_mask[:, prompt])
-            asked[name].append([tokenizer.decode(ids[mask]) for ids, mask in pairs])
-    assert asked["ahead"] == asked["usual"] and len({*map(str, asked["usual"])}) == 4
+    asked = [[batch.tokens[:, : -batch.response_mask.shape[1]].tolist() for batch, _ in some] for some in (seen, usual)]
+    assert asked[0] == asked[1] and len({*map(str, asked[0])}) == 4
     assert run_stage(ppo, *without, "--output", tmp_path / "unasked")[0] == 0
     assert contents(tmp_path / "unasked") == contents(tmp_path / "usual")
 
 
-@pytest.mark.parametrize("how, more", [
-    ("stopped", []), ("crashed", ["--critic", "shared", "--advantage", "bandit"]),
-])
-def test_a_run_repeats_exactly_with_a_slow_sampler_and_after_a_stop(
-    how, more, ppo, world, tmp_path, run_stage, monkeypatch
+@pytest.mark.parametrize("step, more", [(3, []), (2, ["--critic", "shared", "--advantage", "bandit"])])
+def test_a_run_repeats_exactly_with_a_slow_sampler_and_after_a_stop_or_a_crash(
+    step, more, ppo, world, tmp_path, run_stage, monkeypatch
 ):
     flags = flags_of(world, tmp_path / "parts", *more)
     assert run_stage(ppo, *flags, "--output", tmp_path / "whole")[0] == 0
@@ -145,21 +126,16 @@ def test_a_run_repeats_exactly_with_a_slow_sampler_and_after_a_stop(
     def norm(*arguments):
         calls.append(None)
         if len(calls) == 2 * 16 + 1:  # two models, 8 steps: within iteration 3
-            if how == "crashed":
-                raise ZeroDivisionError
+            if step == 2:
+                raise common.UserError("crashed")
             os.kill(os.getpid(), signal.SIGTERM)
         return clip(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randint", late)
         patch.setattr(ppo, "clip_grad_norm_", norm)
-        if how == "crashed":
-            with pytest.raises(ZeroDivisionError):
-                run_stage(ppo, *flags)
-        else:
-            assert run_stage(ppo, *flags)[0] == 128 + signal.SIGTERM
-    saved = tmp_path / "parts" / f"checkpoint-{2 if how == 'crashed' else 3}"
-    state = torch.load(saved / "state.pt", weights_only=True)
+        assert run_stage(ppo, *flags)[0] == (2 if step == 2 else 128 + signal.SIGTERM)
+    state = torch.load(tmp_path / "parts" / f"checkpoint-{step}" / "state.pt", weights_only=True)
     assert state["kept"]["pending"][0].shape[0] == 8
     assert run_stage(ppo, "--resume", "--output", tmp_path / "parts")[0] == 0
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
@@ -167,50 +143,43 @@ def test_a_run_repeats_exactly_with_a_slow_sampler_and_after_a_stop(
     assert state["kept"]["pending"] is None  # after the last nothing is sampled
 
 
+@pytest.mark.parametrize("number, error, words", [
+    (1, common.UserError("the sampler has had enough"), "has had enough"),
+    (3, torch.OutOfMemoryError("CUDA out of memory."), "out of memory (rollout): halve --batch-size"),
+])
 def test_an_error_in_the_sampler_ends_the_run_in_one_line(
-    ppo, world, tmp_path, run_stage, monkeypatch
+    number, error, words, ppo, world, tmp_path, run_stage, monkeypatch
 ):
-    sample, errors = ppo.sample_responses, {}
-    errors[1] = common.UserError("the sampler has had enough")
-    errors[3] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-    remedy = "out of memory (rollout): halve --batch-size"
-    for number, words in ((1, "has had enough"), (3, remedy)):
-        calls = []
+    sample, calls = ppo.sample_responses, []
 
-        def failing(*arguments):
-            if threading.current_thread().name == "sampler":
-                calls.append(None)
-                if len(calls) == number:
-                    raise errors[number]
-            return sample(*arguments)
+    def failing(*arguments):
+        calls.extend([None] * (threading.current_thread().name == "sampler"))
+        if len(calls) == number:
+            raise error
+        return sample(*arguments)
 
-        monkeypatch.setattr(ppo, "sample_responses", failing)
-        status, _, err = run_stage(ppo, *flags_of(world, tmp_path / f"{number}"))
-        lines = [line for line in err.splitlines() if "error" in line]
-        assert status == 2 and len(lines) == 1 and words in lines[0] and "Traceback" not in err
-    monkeypatch.undo()
-    assert run_stage(ppo, "--resume", "--output", tmp_path / "3")[0] == 0
-    assert len(steps_of(tmp_path / "3")) == 4
+    monkeypatch.setattr(ppo, "sample_responses", failing)
+    status, _, err = run_stage(ppo, *flags_of(world, tmp_path / "out"))
+    [line] = [line for line in err.splitlines() if "error" in line]
+    assert status == 2 and words in line and "Traceback" not in err
+    monkeypatch.setattr(ppo, "sample_responses", sample)
+    assert run_stage(ppo, "--resume", "--output", tmp_path / "out")[0] == 0
+    assert len(steps_of(tmp_path / "out")) == 4
 
 
-def test_a_device_that_is_not_there_and_torchrun_are_refused(
-    ppo, world, tmp_path, run_stage, monkeypatch
-):
+def test_a_device_that_is_not_there_and_torchrun_are_refused(ppo, world, tmp_path, run_stage, monkeypatch):
     flags = flags_of(world, tmp_path / "out")
     status, _, err = run_stage(ppo, *flags, "--sampler-device", "gpu")
     assert status == 2 and "--sampler-device gpu can't be used" in err
     monkeypatch.setattr(ppo.ahead.harness, "IS_TORCHRUN", True)
     status, _, err = run_stage(ppo, *flags)
-    assert status == 2 and "--sampler-device is for one process" in err
-    assert not (tmp_path / "out").exists()
+    assert status == 2 and "--sampler-device is for one process" in err and not (tmp_path / "out").exists()
 
 
 def test_adapters_are_sampled_with_too(ppo, world, tmp_path, run_stage):
     pytest.importorskip("peft")
-    flags = flags_of(world, tmp_path / "out", "--lora-rank", 2, "--lr", 1e-2)
-    assert run_stage(ppo, *flags)[0] == 0
+    assert run_stage(ppo, *flags_of(world, tmp_path / "out", "--lora-rank", 2, "--lr", 1e-2))[0] == 0
     first, *later = steps_of(tmp_path / "out")
-    assert (first["ratio_first"], first["kl"], later[0]["kl"]) == (1, 0, 0)
+    assert (first["ratio_first"], first["kl"], later[0]["kl"]) == (1, 0, 0) and later[1]["kl_k3"] > 0
     for row in later:
         assert row["approx_kl_first"] > 1e-6 and row["sampler_gap"] < 1e-5
-    assert later[1]["kl_k3"] > 0

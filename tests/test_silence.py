@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import ROOT, read_rows, tiny_lm, write_rows
 from safetensors.torch import load_file, save_file
+from test_chat_and_formats import CHATML, a_tokenizer
 from test_cli import ppo_flags, refused
 from transformers import AutoTokenizer
 
@@ -23,39 +24,6 @@ import ppo
 import reward_model
 import sft
 import zoo
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TOOLS = "{% for t in tools or [] %}TOOL {{ t['name'] }}\n{% endfor %}" + CHATML
-STRIP = CHATML.replace("m['content']", "m['content'].split('</think>')[-1].strip()")
-
-
-def chat(question, answer, **more):
-    user = {"role": "user", "content": question}
-    return [user, {"role": "assistant", "content": answer, **more}]
-
-
-@pytest.fixture
-def sft_prints(world, tmp_path, run_stage):
-    """sft_prints(rows, template) -> what sft.py prints of these rows; an error is one line."""
-
-    def run(rows, template=None):
-        model, data = tmp_path / "chat", write_rows(tmp_path / "rows.jsonl", rows)
-        shutil.copytree(world / "sft", model, dirs_exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(model)
-        tiny_lm(vocab_size=len(tokenizer)).save_pretrained(model)
-        flags = ["--model", model, "--data", data, "--eval-data", data, "--epochs", 1, "--lr", 0]
-        status, out, err = run_stage(sft, *flags, "--output", tmp_path / "out", "--device", "cpu")
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        return out if status == 0 else err
-
-    return run
-
 
 # === Rows =========================================================================================
 PAIR = [("prompt", "completion"), ("text",)]
@@ -68,92 +36,88 @@ BAD_LINES = {  # {line: problem}
     b'{"prompt": [{"role": "user"}], "completion": "b"}': '{"role": str, "content": str}',
     b'{"text": "a", "tools": 7}': "has a int under 'tools', not a list",
 }
+PACKED = gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)
+BAD_FILES = {
+    "e.jsonl": b"", "n.jsonl.gz": b"no gzip", "c.jsonl.gz": PACKED[:-20], "d.jsonl.GZ": PACKED[:12] + b"\xff" * 30,
+}
 
 
 def test_rows_with_bom_crlf_blank_ends_and_gzip_are_read_and_what_is_bad_is_named(tmp_path):
-    path = tmp_path / "data.jsonl"
-
-    def read(content):
-        path.write_bytes(content)
-        return harness.read_rows([str(path)], PAIR)
+    def read(name, content):
+        (tmp_path / name).write_bytes(content)
+        return harness.read_rows([str(tmp_path / name)], PAIR)
 
     content = b'\xef\xbb\xbf{"prompt": "a", "completion": "b", "id": 7}\r\n{"text": "\\u00e9"}\n\n '
     rows = [{"prompt": "a", "completion": "b", "id": 7}, {"text": "é"}]
-    assert read(content) == rows
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
-    assert harness.read_rows([str(tmp_path / "a.jsonl.gz")], PAIR) == rows
+    assert read("a.jsonl", content) == read("a.jsonl.gz", gzip.compress(content)) == rows
     for line, problem in BAD_LINES.items():
         with pytest.raises(common.UserError, match="data.jsonl line 2 ") as error:
-            read(b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
+            read("data.jsonl", b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
         assert problem in str(error.value), (line, error.value)
         assert '{"prompt": "...", "completion": "..."} or {"text": "..."}' in str(error.value)
-    packed = gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)
-    for name, content in (
-        ("e.jsonl", b""), ("n.jsonl.gz", b"no gzip"), ("c.jsonl.gz", packed[:-20]),
-        ("d.jsonl.GZ", packed[:12] + b"\xff" * 30),
-    ):
-        (tmp_path / name).write_bytes(content)
+    for name, content in BAD_FILES.items():
         with pytest.raises(common.UserError, match=name):
-            harness.read_rows([str(tmp_path / name)], PAIR)
+            read(name, content)
+
+
+def chat(question, answer, **more):
+    user = {"role": "user", "content": question}
+    return [user, {"role": "assistant", "content": answer, **more}]
+
+
+@pytest.fixture
+def sft_prints(tmp_path, capsys):
+    """sft_prints(rows, template) -> what sft.py prints of these rows; an error is one line."""
+
+    def run(rows, template=CHATML):
+        path, tokenizer = write_rows(tmp_path / "rows.jsonl", rows), a_tokenizer(template)
+
+        def encode(row):
+            return sft.encode_row(row, tokenizer, [], sft.Config())
+
+        try:
+            harness.convert(harness.read_rows([path], sft.FORMATS), encode)
+        except common.UserError as error:
+            print(error)
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_turns_marked_as_context_are_not_learned(sft_prints):
     for mark in ({"weight": 0}, {"train": False}):
         marked = chat("a fox?", "an owl", **mark)
         both = {"messages": marked + chat("a cub?", "a lamb")}
-        out = sft_prints([both] * 6 + [{"messages": marked}] * 6, CHATML)
-        assert "12 rows read, 6 examples used" in out and "6 dropped (marked not to be lear" in out
+        out = sft_prints([both] * 6 + [{"messages": marked}] * 6)
+        assert "12 rows read, 6 examples used; 6 dropped (marked not to be learned)" in out
     table = {"messages": chat("a fox?", "an owl", weight=None, train=None)}  # exported tables
-    assert "12 examples used" in sft_prints([table] * 12, CHATML)
+    assert "1 examples used" in sft_prints([table])
     half = {"messages": chat("a", "b", weight=0.5)}
-    assert "rows.jsonl line 1 has a message with 0.5 under 'weight'" in sft_prints([half], CHATML)
+    assert "rows.jsonl line 1 has a message with 0.5 under 'weight'" in sft_prints([half])
     with pytest.raises(ValueError, match="'false' under 'train'"):
         sft.is_learned({"train": "false"})
 
 
-def test_tools_that_nothing_renders_are_counted(sft_prints):
-    rows = [{"tools": [{"name": "get_price"}], "messages": chat("a fox?", "an owl")}] * 12
-    assert "12 with tools that nothing renders" in sft_prints(rows, CHATML)
-    assert "nothing renders" not in sft_prints(rows, TOOLS)
-
-
-@pytest.mark.parametrize("template, reply, more, is_lost", [
-    (STRIP, "<think>so it is</think>\nan owl", {}, True), (STRIP, "an owl", {}, False),
-    (CHATML, "an owl", {"reasoning_content": "so it is"}, True),
-    (CHATML, "<think>so it is</think>\nan owl", {}, False),
-])
-def test_a_row_with_words_that_the_template_drops_is_refused(
-    template, reply, more, is_lost, sft_prints
-):
-    out = sft_prints([{"messages": chat("a fox?", reply, **more)}] * 12, template)
-    if is_lost:
-        assert "rows.jsonl line 1 has words" in out and "template drops" in out
-        assert "so it is" in out
-    else:
-        assert "12 examples used" in out
-
-
-def test_keys_that_are_not_read_and_replies_to_nobody_are_counted(sft_prints):
-    out = sft_prints([{"text": "a fox", "prompt": "a lamb", "id": i} for i in range(12)])
+def test_what_of_a_row_is_not_used_is_counted(sft_prints):
+    tools = {"tools": [{"name": "get_price"}], "messages": chat("a fox?", "an owl")}
+    assert "2 with tools that nothing renders" in sft_prints([tools] * 2)
+    rendered = "{% for t in tools or [] %}TOOL {{ t['name'] }}\n{% endfor %}" + CHATML
+    assert "nothing renders" not in sft_prints([tools] * 2, rendered)
+    out = sft_prints([{"text": "a fox", "prompt": "a lamb", "id": i} for i in range(2)])
     assert "keys that are not read: 'prompt', 'id'" in out
-    assert "not read" not in sft_prints([{"text": "a fox"}] * 12)
+    assert "not read" not in sft_prints([{"text": "a fox"}])
     nobody = [{"role": "assistant", "content": "hello"}, *chat("a", "b")]
-    rows = [{"prompt": "a fox", "completion": " "}, {"messages": nobody}]
-    out = sft_prints(rows * 6, CHATML)
-    assert "6 with an empty response" in out
-    assert "6 with a message of the assistant that answers nothing" in out
+    out = sft_prints([{"prompt": "a fox", "completion": " "}, {"messages": nobody}])
+    assert "1 with an empty response" in out
+    assert "1 with a message of the assistant that answers nothing" in out
 
 
 def test_rows_of_one_prompt_are_never_in_both_parts_unless_there_is_but_one(capsys):
-    pairs = [{"prompt": f"p{i % 20}", "chosen": f"a{i}", "rejected": "b"} for i in range(60)]
-    dialogues = []
-    for i in range(90):
-        start = f"\n\nHuman: q{i % 30}\n\nAssistant:"
-        dialogues.append({"chosen": f"{start} a{i}", "rejected": f"{start} b"})
-    texts = [{"text": f"t{i % 60}"} for i in range(120)]
-    cases = (pairs, reward_model, 6), (dialogues, reward_model, 9), (texts, sft, 12)
-    for rows, module, number in cases:
-        rows = [harness.Row(row) for row in rows]
+    pairs = [harness.Row(prompt=f"p{i % 20}", chosen=f"a{i}", rejected="b") for i in range(60)]
+    starts = [f"\n\nHuman: q{i % 30}\n\nAssistant:" for i in range(90)]
+    dialogues = [harness.Row(chosen=f"{start} a{i}", rejected=f"{start} b") for i, start in enumerate(starts)]
+    texts = [harness.Row(text=f"t{i % 60}") for i in range(120)]
+    for rows, module, number in (pairs, reward_model, 6), (dialogues, reward_model, 9), (texts, sft, 12):
         training, held_out = harness.hold_out(rows, 512, 0, module.prompt_of)
         assert len(held_out) == number and len(training) == len(rows) - number
         known = {json.dumps(module.prompt_of(row)) for row in training}
@@ -186,20 +150,6 @@ def flip_weights(path):
     save_file(weights | {name: weights[name].flip(0).contiguous()}, path, {"format": "pt"})
 
 
-def replace_fox(path):
-    path.write_text(path.read_text().replace("fox", "dog"))
-
-
-def change_code(path):
-    path.write_text("def f(prompts, responses, rows): return [1.0] * len(responses)\n")
-
-
-CHANGES = {"sft/model.safetensors": ("--policy", flip_weights)}
-CHANGES |= {"mine.py": ("--reward", change_code)}
-CHANGES |= {"sft/tokenizer.json": ("--policy", replace_fox), "prompts.jsonl": ("--", replace_fox)}
-CHANGES |= {"reward_model/model.safetensors": ("--reward", flip_weights)}
-
-
 def test_a_resumed_run_notices_what_has_changed_under_its_name(ppo_run, tmp_path):
     assert ppo_run()[0] == 0
     for path in tmp_path.rglob("*"):
@@ -207,12 +157,17 @@ def test_a_resumed_run_notices_what_has_changed_under_its_name(ppo_run, tmp_path
     status, _, err = ppo_run("--resume", "--iterations", 3)
     assert status == 0, err
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    for name, (flag, change) in CHANGES.items():
+    for name, flag in (
+        ("sft/model.safetensors", "--policy"), ("reward_model/model.safetensors", "--reward"), ("mine.py", "--reward"),
+        ("sft/tokenizer.json", "--policy"), ("prompts.jsonl", "--"),
+    ):
         path = tmp_path / "world" / name
         kept = path.read_bytes()
-        change(path)
-        result = ppo_run("--resume", "--iterations", 4)
-        refused(result, "ppo", flag, "has changed since the run began")
+        if path.suffix == ".safetensors":
+            flip_weights(path)
+        else:
+            path.write_bytes(kept.replace(b"fox", b"dog").replace(b"len(x)", b"0 * len(x)"))
+        refused(ppo_run("--resume", "--iterations", 4), "ppo", flag, "has changed since the run began")
         path.write_bytes(kept)
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
     assert ppo_run("--resume", "--iterations", 4)[0] == 0
@@ -221,28 +176,23 @@ def test_a_resumed_run_notices_what_has_changed_under_its_name(ppo_run, tmp_path
 def test_a_reader_that_goes_away_or_a_closed_output_ends_no_run(world, tmp_path):
     (tmp_path / "shut.py").write_text(
         "import multiprocessing, sys\ndef f(prompts, responses, rows):\n    sys.stdout.close()\n"
-        "    with multiprocessing.get_context('fork').Pool(4) as pool:\n"
-        "        return pool.map(len, responses)\n"
+        "    pool = multiprocessing.get_context('fork').Pool(4)\n    lengths = pool.map(len, responses)\n"
+        "    pool.close()\n    pool.join()\n    return lengths\n"  # so that each worker flushes at its end
     )
-    runs = {}
-    for stage, ending in (
-        ("sft", "| head -1"), ("reward_model", ">&- 2>&-"), ("ppo", "2>&1 | head -1"),
+    data, runs = world / "sft.jsonl", {}
+    for stage, ending, flags in (
+        ("sft", ">&- 2>&-", ["--model", world / "sft", "--data", data, "--eval-data", data, "--batch-size", 8]),
+        ("ppo", "2>&1 | head -1", ppo_flags(world, ".", "--judge", f"{tmp_path}/shut.py:f")),
     ):
-        data = world / ("sft.jsonl" if stage == "sft" else "pairs.jsonl")
-        flags = ["--model", world / "sft", "--data", data, "--eval-data", data]
-        if stage == "ppo":
-            flags = ppo_flags(world, ".", "--judge", f"{tmp_path}/shut.py:f")
-        flags += ["--batch-size", 8, "--output", tmp_path / stage]
-        words = shlex.join(map(str, [sys.executable, ROOT / f"{stage}.py", *flags]))
-        words = ["bash", "-c", f"{words} {ending}; exit ${{PIPESTATUS[0]}}"]
+        words = [sys.executable, ROOT / f"{stage}.py", *flags, "--output", tmp_path / stage]
+        words = ["bash", "-c", f"{shlex.join(map(str, words))} {ending}; exit ${{PIPESTATUS[0]}}"]
         pipe = subprocess.PIPE
         runs[stage] = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True)
-    for stage, run in runs.items():  # all at once
-        out, err = run.communicate(timeout=300)
+    for stage, run in runs.items():  # both at once
+        _, err = run.communicate(timeout=300)
         assert run.returncode == 0, (stage, err)
         assert "Traceback" not in err and "Broken" not in err and "Exception" not in err, err
-        args = json.loads((tmp_path / stage / "args.json").read_text())
-        assert args["finished"] and (tmp_path / stage / "model.safetensors").exists()
+        assert json.loads((tmp_path / stage / "args.json").read_text())["finished"]
 
 
 def test_numbers_that_are_not_finite_become_null_in_the_log(tmp_path):
@@ -252,9 +202,7 @@ def test_numbers_that_are_not_finite_become_null_in_the_log(tmp_path):
     assert read_rows(tmp_path / "log") == [row | {"a": None, "b": None}]
 
 
-def test_a_sampler_that_draws_from_another_distribution_ends_the_run_before_it_learns(
-    ppo_run, tmp_path, monkeypatch
-):
+def test_a_sampler_that_draws_from_another_distribution_ends_the_run_before_it_learns(ppo_run, tmp_path, monkeypatch):
     sample = common.sample_tokens
 
     def rolled(logits, temperature, uniform):
@@ -263,20 +211,17 @@ def test_a_sampler_that_draws_from_another_distribution_ends_the_run_before_it_l
     monkeypatch.setattr(common, "sample_tokens", rolled)
     status, _, err = ppo_run()
     assert status == 2 and "the sampler's log-probabilities are off by" in err
-    rows = read_rows(tmp_path / "out" / "metrics.jsonl")
-    assert [row["split"] for row in rows] == ["eval"]
+    assert [row["split"] for row in read_rows(tmp_path / "out" / "metrics.jsonl")] == ["eval"]
     monkeypatch.setattr(common, "sample_tokens", sample)
     assert ppo_run("--overwrite")[0] == 0
-    rows = read_rows(tmp_path / "out" / "metrics.jsonl")
-    gaps = [row["sampler_gap"] for row in rows if "split" not in row]
+    gaps = [row["sampler_gap"] for row in read_rows(tmp_path / "out" / "metrics.jsonl") if "split" not in row]
     assert len(gaps) == 2 and all(0 <= gap < ppo.SAMPLER_GAP for gap in gaps)
 
 
 # === Models =======================================================================================
 @pytest.mark.parametrize("name, settings", [
-    ("mixtral", {"router_jitter_noise": 0.5}), ("mixtral", {"output_router_logits": True}),
-    ("opt", {"layerdrop": 0.5}), ("gpt2", {"resid_pdrop": 0.5}), ("phimoe", {}),  # jittered, too
-    ("llama_tied", {"return_dict": False}),
+    ("mixtral", {"router_jitter_noise": 0.5}), ("mixtral", {"output_router_logits": True}), ("opt", {"layerdrop": 0.5}),
+    ("gpt2", {"resid_pdrop": 0.5}), ("phimoe", {}), ("llama_tied", {"return_dict": False}),  # the fifth is jittered
 ])
 def test_what_a_config_makes_random_or_returns_is_put_right(name, settings, world, tmp_path):
     torch.manual_seed(0)
@@ -317,24 +262,21 @@ def test_layers_that_the_config_drops_are_reported(world, tmp_path, capsys):
 
 
 # === What people see ==============================================================================
-def test_an_update_that_goes_too_far_and_a_target_that_is_missed_are_warned_of():
-    healthy = {"approx_kl_first": 0.0, "kl": 0.0, "kl_k3": 0.0, "ratio_first": 1.0, "eos_rate": 1.0}
-    healthy |= {"response_length": 20.0, "score_std": 1.0, "explained_variance": 0.5}
-    healthy |= {"approx_kl": 0.06, "kl_target": 6.0, "skipped_steps": 0, "grad_norm": 1.0}
+HEALTHY = {
+    "approx_kl_first": 0.0, "kl": 0.0, "kl_k3": 0.0, "ratio_first": 1.0, "eos_rate": 1.0, "response_length": 20.0,
+    "score_std": 1.0, "explained_variance": 0.5, "approx_kl": 0.06, "kl_target": 6.0, "skipped_steps": 0,
+}
 
-    def warnings(number, **changes):
-        seen = {}
-        run = types.SimpleNamespace(history=[healthy | changes] * number, warn=seen.__setitem__)
-        run.cfg = types.SimpleNamespace(kl_target=(healthy | changes)["kl_target"])
-        ppo.warn_if_unhealthy(run)
-        return seen
 
-    assert warnings(12) == {} and warnings(9, kl=9.5) == {}
-    assert "--lr too high" in warnings(1, approx_kl=0.64)["overshoot"]
-    assert "--kl-target" in warnings(10, kl=9.5)["target"]
-    assert warnings(12, kl=9.5, kl_target=None) == {}
-    assert [*warnings(1, eos_rate=0.4)] == ["eos"]
-    assert [*warnings(1, skipped_steps=1)] == ["gradient"]
+@pytest.mark.parametrize("number, changes, warned", [
+    (12, {}, {}), (9, {"kl": 9.5}, {}), (10, {"kl": 9.5}, {"target": "--kl-target"}),
+    (12, {"kl": 9.5, "kl_target": None}, {}), (1, {"approx_kl": 0.64}, {"overshoot": "--lr too high"}),
+    (1, {"eos_rate": 0.4}, {"eos": "40%"}), (1, {"skipped_steps": 1}, {"gradient": "--lr too high"}),
+])
+def test_an_update_that_goes_too_far_and_a_target_that_is_missed_are_warned_of(number, changes, warned):
+    seen = {}
+    ppo.warn_if_unhealthy(types.SimpleNamespace(history=[HEALTHY | changes] * number, warn=seen.__setitem__))
+    assert seen.keys() == warned.keys() and all(words in seen[name] for name, words in warned.items()), seen
 
 
 @pytest.mark.parametrize("size, rate", [(0.3e6, 3e-4), (1e6, 5e-5), (5e8, 1e-5), (7e9, 3e-6)])
@@ -344,9 +286,7 @@ def test_the_learning_rate_falls_with_the_size_of_the_model(size, rate):
     assert harness.lr_by_size(0.5, ppo.LR_BY_SIZE, model) == 0.5
 
 
-def test_half_characters_are_shown_by_name_and_what_a_run_prints_fits_100_columns(
-    world, tmp_path, ppo_run
-):
+def test_half_characters_are_shown_by_name_and_what_a_run_prints_fits_100_columns(world, tmp_path, ppo_run):
     tokenizer = AutoTokenizer.from_pretrained(world / "sft")
     ids = common.token_ids(tokenizer, "文")
     shown = [harness.token_text(tokenizer, id) for id in ids]

@@ -13,43 +13,35 @@ from transformers import PreTrainedTokenizerFast
 import common
 import harness
 import ppo
-import sft
 from data import tiny_model
 
-TEXTS = [
-    "her room. She was happy", "do not eat the cabbage, they said", "yes ! a fox meets an owl ?"
-] * 20
-KINDS = ["Llama 2", "Metaspace, first", "Unigram", "WordPiece", "byte-level"]
+TEXTS = ["her room. She was happy", "do not eat the cabbage, they said", "yes ! a fox meets an owl ?"] * 20
+KINDS = ["Llama 2", "Metaspace, first", "Unigram", "byte-level"]
 
 
 def make(kind, **options):
     """Returns a tokenizer of a kind. Llama 2 puts a space before every text by its normalizer."""
     if kind == "byte-level":
         core = tiny_model.train_tokenizer(TEXTS, 320).backend_tokenizer
-        options |= dict(eos_token="<|end|>", pad_token="<|pad|>")
-        return PreTrainedTokenizerFast(tokenizer_object=core, **options)
-    letters = sorted(set("abcdefghijklmnopqrstuvwxyzS .,!?\n\u2581"))
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    settings = dict(special_tokens=special, initial_alphabet=letters, show_progress=False)
-    settings["vocab_size"] = 120
+        return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", **options)
+    settings = dict(
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False, vocab_size=120,
+        initial_alphabet=sorted({*"abcdefghijklmnopqrstuvwxyzS .,!?\n\u2581"}),
+    )
     if kind == "Unigram":
-        core, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer
+        core = Tokenizer(models.Unigram())
         core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        settings |= dict(vocab_size=80, unk_token="<unk>")
-    elif kind == "WordPiece":
-        core, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer
-        core.pre_tokenizer = pre_tokenizers.Whitespace()
-        core.decoder = decoders.WordPiece(cleanup=False)
+        trainer = trainers.UnigramTrainer(**settings | dict(vocab_size=80, unk_token="<unk>"))
     else:
-        core, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer
+        core = Tokenizer(models.BPE(unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        strip = decoders.Strip(" ", 1, 0)
-        core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), strip])
-    core.train_from_iterator(TEXTS, trainer(**settings))
+        parts = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        core.decoder = decoders.Sequence(parts)
+        trainer = trainers.BpeTrainer(**settings)
+    core.train_from_iterator(TEXTS, trainer)
     if kind == "Llama 2":
-        space = normalizers.Replace(" ", "\u2581")
-        core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), space])
         core.pre_tokenizer = None
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     elif kind == "Metaspace, first":
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     options |= dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
@@ -60,9 +52,9 @@ def make(kind, **options):
 def test_a_response_continues_with_the_texts_own_tokens_and_where_they_cross_it_is_counted(kind):
     tokenizer, crossings = make(kind), 0
     for prompt, response, may_cross in (
-        ("her room.", " She was happy", False), ("do not eat", " the cabbage, they said", False),
-        ("", "a fox", False), ("yes !\n", "an owl ?", False), ("her room. Sh", "e was happy", True),
-        ("a fox meets an o", "wl ?", True), ("her room. ", "She was", True), ("ca", "bbage", True),
+        ("her room.", " She was happy", False), ("do not eat", " the cabbage, they said", False), ("", "a fox", False),
+        ("yes !\n", "an owl ?", False), ("her room. Sh", "e was happy", True), ("a fox meets an o", "wl ?", True),
+        ("her room. ", "She was", True), ("ca", "bbage", True),
     ):
         whole = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
         common.notes.clear()
@@ -71,9 +63,7 @@ def test_a_response_continues_with_the_texts_own_tokens_and_where_they_cross_it_
         assert response_ids.pop() == tokenizer.eos_token_id
         crosses = whole[: len(prompt_ids)] != prompt_ids
         assert may_cross or prompt_ids + response_ids == whole
-        texts = tokenizer.batch_decode(
-            [prompt_ids + response_ids, whole], clean_up_tokenization_spaces=False
-        )
+        texts = tokenizer.batch_decode([prompt_ids + response_ids, whole], clean_up_tokenization_spaces=False)
         assert texts[0] == texts[1]  # no space added or lost
         assert sum(common.notes.values()) == crosses
         assert all("across the border" in note for note in common.notes)
@@ -91,7 +81,7 @@ def test_a_decoded_response_is_what_it_adds_to_the_prompt_with_tags_and_without_
         whole = tokenizer.decode(prompt_ids + response_ids[:-1], clean_up_tokenization_spaces=False)
         before = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
         assert before + text == whole and ("<tag>" in text) == ("<tag>" in response)
-        if kind not in ("Unigram", "WordPiece") and "<tag>" not in response:
+        if kind != "Unigram" and "<tag>" not in response:
             assert text == response
 
 
@@ -139,18 +129,3 @@ def test_texts_begin_as_the_tokenizer_begins_them_with_a_bos_or_not():
     prompt_ids, _ = common.encode(tokenizer, "a fox", " meets")
     assert prompt_ids == tokenizer("a fox")["input_ids"] and prompt_ids[:2] == ids
     assert common.encode(tokenizer, "[gMASK]<sop>a fox", " meets")[0] == prompt_ids
-
-
-def test_the_line_about_the_rows_counts_those_whose_tokens_cross_the_border(capsys):
-    tokenizer, cfg = make("byte-level"), sft.Config()
-    rows = []
-    for prompt, completion in (("her room. ", "She was"), ("her room.", " She was")):
-        rows.append(harness.Row(prompt=prompt, completion=completion))
-        rows[-1].path, rows[-1].line = "mine.jsonl", 1
-
-    def encode(row):
-        return sft.encode_row(row, tokenizer, [], cfg)
-
-    assert len(harness.convert(rows, encode)) == 2
-    out = capsys.readouterr().out
-    assert "2 rows read, 2 examples used; 1 with a token across the border" in out

@@ -11,16 +11,15 @@ Goal      a high score at a low KL to the SFT policy: the curve that other metho
           samples serves all n. The true reward of the chosen text is averaged with the same
           weights. Among equal scores the later sample is chosen.
 
-Shapes    B prompts, N samples of each.
-Differs   (2) is often quoted as the KL itself. It is that only where samples never repeat (Beirami
-          et al. 2024). A truncated response competes like one that finished.
+          (2) is often quoted as the KL itself. It is that only where samples never repeat. A
+          truncated response competes like one that finished.
 
 Sources   Stiennon et al. 2020 (the KL); Nakano et al. 2021 ((3), appendix I); Beirami et al. 2024.
 
 Run       python examples/beside_ppo/best_of_n.py                                  on data/
           python examples/beside_ppo/best_of_n.py --policy ckpt/sft --prompts mine.jsonl --n 16
-Writes    OUTPUT, the rows of --prompts with the best of all --n as "completion" and its "score":
-          also what `sft.py --data` would imitate (rejection sampling)
+Writes    --output, the rows of --prompts with the best of n as "completion" and its "score": with
+          `sft.py --data` a policy learns to imitate them (rejection sampling)
 """
 
 import json
@@ -59,7 +58,6 @@ class Config:
     device: str = arg("auto", "cpu, cuda or cuda:1; auto is a GPU if there is one")
     dtype: Literal["auto", "float32", "bf16"] = arg("auto", "matrix products; auto: bf16 on CUDA")
     trust_remote_code: bool = arg(False, "run code that comes with a model")
-    resume: bool = arg(False, "has no effect: this always starts again")  # parse_args reads it
 
     __post_init__ = harness.RunConfig.__post_init__  # checks the ranges
 
@@ -79,6 +77,17 @@ def best_of(scores, values, n):
 
 
 # === Sampling =====================================================================================
+def encode_prompts(rows, cfg, tokenizer, name=None):
+    """Returns the rows with prompts that are short enough, their token ids as `row.prompt_ids`."""
+
+    def encode(row):
+        row.unread = ()  # a reward function may read any key
+        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
+        yield (harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty") or row
+
+    return harness.convert(rows, encode, name)
+
+
 @torch.no_grad()
 def sample_all(cfg, policy, tokenizer, scorers, judge, rows):
     """Returns `cfg.n` responses per row: texts [B][N], scores and true rewards (B, N), or None."""
@@ -99,60 +108,45 @@ def sample_all(cfg, policy, tokenizer, scorers, judge, rows):
     return texts, torch.cat(scores).view(-1, cfg.n), truths
 
 
-def write(path, text, mode):
-    """Writes or appends to --output."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"can't write --output {path}: {error.strerror}") from None
-
-
 def main(cfg):
     if harness.IS_TORCHRUN:
         raise UserError("it is one process; start it with python instead of torchrun")
     if len(set(cfg.reward)) < len(cfg.reward):
         raise UserError("--reward names one twice; it would count twice")
-    path, files = pathlib.Path(cfg.output), cfg.prompts or [str(DATA / "heldout_prompts.jsonl")]
+    path = pathlib.Path(cfg.output)
+    files = cfg.prompts or [str(DATA / "heldout_prompts.jsonl")]
     if path.resolve() in [pathlib.Path(file).resolve() for file in files]:
         raise UserError(f"--output {path} would replace --prompts; name another")
-    device, options = harness.pick_device(cfg.device), {"trust_remote_code": cfg.trust_remote_code}
+    device = harness.pick_device(cfg.device)
+    options = {"trust_remote_code": cfg.trust_remote_code}
     truth = None if cfg.prompts else f"{DATA / 'true_reward.py'}:true_reward"
     judge = FunctionScorer(cfg.judge or truth) if cfg.judge or truth else None
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", cfg.trust_remote_code)
     policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", **options)
-    scorers, models = [], [policy]
+    scorers = []
     for spec in cfg.reward:
-        scorer = load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options)
-        if scorer.needs_scale and len(cfg.reward) > 1:
+        scorers.append(load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options))
+        if scorers[-1].needs_scale and len(cfg.reward) > 1:
             raise UserError(f"{spec} brings no scale, so its score can't be added to others")
-        scorers.append(scorer)
-        models += [scorer.model] if scorer.model is not None else []
-
-    def encode(row):
-        row.unread = ()  # a reward function may read any key
-        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
-        yield (harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty") or row
-
-    rows = harness.convert(harness.read_rows(files, [("prompt",)]), encode)
-    for model in models:
-        common.to_device(model.requires_grad_(False), device, cfg.dtype)
-    longest = max(len(row.prompt_ids) for row in rows)
-    common.check_context(policy, longest + cfg.response_length)
-    write(path, "", "a")  # if that fails, hours of sampling would be lost
+    rows = encode_prompts(harness.read_rows(files, [("prompt",)]), cfg, tokenizer)
+    for model in (policy, *(scorer.model for scorer in scorers)):
+        if model is not None:  # functions have none
+            common.to_device(model.requires_grad_(False), device, cfg.dtype)
+    longest = max(len(row.prompt_ids) for row in rows) + cfg.response_length
+    common.check_context(policy, longest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    open(path, "a").close()  # if that fails, hours of sampling would be lost
     harness.current["phase"] = "rollout"
     texts, scores, truths = sample_all(cfg, policy, tokenizer, scorers, judge, rows)
     print(f"\n{'n':>6}{'KL at most':>14}{'score':>10}{'true reward' if judge else '':>14}")
     for n in sorted({cfg.n, *(2**i for i in range(cfg.n.bit_length()))}):
         true = f"{best_of(scores, truths, n).mean():>14.3f}" if judge else ""
         print(f"{n:>6}{kl_bound(n):>14.2f}{best_of(scores, scores, n).mean():>10.3f}{true}")
-    lines = []
-    for row, some, own in zip(rows, texts, scores):
-        best = own.argmax().item()  # eq. 1
-        line = row | {"completion": some[best], "score": own[best].item()}
-        lines.append(json.dumps(line) + "\n")
-    write(path, "".join(lines), "w")
+    with open(path, "w", encoding="utf-8") as file:
+        for row, some, own in zip(rows, texts, scores):
+            best = own.argmax().item()  # eq. 1
+            line = row | {"completion": some[best], "score": own[best].item()}
+            file.write(json.dumps(line) + "\n")
     print(f"\nwrote {path}, the best of {cfg.n} to each of {len(rows)} prompts")
 
 

@@ -18,7 +18,6 @@ picture beside it (needs matplotlib) and prints the table.
 
 import argparse
 import concurrent.futures
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -34,9 +33,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import torch
+import transformers
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import best_of_n  # noqa: E402
+import make_world  # noqa: E402
+
+import common  # noqa: E402
+import harness  # noqa: E402
+import ppo  # noqa: E402
+from rewards import FunctionScorer, load_scorer  # noqa: E402
+
 SFT, REWARD_MODEL, PPO = "sft.py", "reward_model.py", "ppo.py"
 DPO, TRL = "examples/beside_ppo/dpo.py", "examples/beside_ppo/trl_ppo.py"
 RESULTS = ROOT / "docs" / "results"
@@ -58,9 +68,9 @@ class Method:
 METHODS = {
     "PPO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3, 1.0)),
     "PPO, KL target": Method(PPO, "--kl-target", (1.0, 2.0, 4.0, 8.0)),
-    "RLOO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo.patch"),
-    "GRPO": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="grpo.patch"),
-    "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss.patch"),
+    "RLOO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo"),
+    "GRPO": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="grpo"),
+    "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss"),
     "DPO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "dpo")),
     "IPO": Method(DPO, "--beta", (0.01, 0.03, 0.1, 0.3), ("--loss", "ipo")),
     "KTO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "kto")),
@@ -85,9 +95,6 @@ class World:
 
 def embedded_world(work):
     """Returns the world of data/, and writes prompts for the choice that none of its files has."""
-    sys.path.insert(0, str(ROOT / "data"))
-    import make_world
-
     known = {row["prompt"] for rows in make_world.make_world().values() for row in rows}
     rng, prompts = random.Random(1), {}
     while len(prompts) < make_world.NUM_HELDOUT:
@@ -120,10 +127,10 @@ def story_world(work, model, stories):
     judge = f"{HERE / 'cheerful.py'}:cheerful"
     # The rates that the scripts have for so small a model suit one from scratch: with ppo.py's the
     # first approx_kl is 0.10 here, above what is healthy; with dpo.py's, beta 1 moves 26 nats.
-    ppo = ("--judge", judge, "--lr", "1e-4", "--iterations", "20")
-    ppo += ("--prompts", str(files["pair"]), "--eval-prompts", str(files["heldout"]))
-    dpo = ("--lr", "1e-4", "--eval-every", "100")
-    return World(work, judge, 96, sft, ppo, dpo, makes_pairs=True, best_of=64)
+    ppo_flags = ("--judge", judge, "--lr", "1e-4", "--iterations", "20")
+    ppo_flags += ("--prompts", str(files["pair"]), "--eval-prompts", str(files["heldout"]))
+    dpo_flags = ("--lr", "1e-4", "--eval-every", "100")
+    return World(work, judge, 96, sft, ppo_flags, dpo_flags, makes_pairs=True, best_of=64)
 
 
 def write_rows(path, rows):
@@ -132,23 +139,18 @@ def write_rows(path, rows):
 
 # === One run, in a worker process =================================================================
 def run_job(job):
-    """Trains, then measures, unless that is done already. Returns the record."""
+    """Trains, then measures, unless that is done already. Returns the result."""
     record = job["folder"] / "compare.json"
     if record.exists():
         done = json.loads(record.read_text())
-        if done.get("ran", job["command"]) == job["command"]:
-            return done
+        if done["command"] == job["command"]:
+            return done["result"]
     result = train(job) if job["command"] else {}
-    if job["kind"] == "policy":
-        result |= measure(job)
-    elif job["kind"] == "best of n":
-        result |= measure_best_of_n(job)
-    elif job["kind"] == "pairs":
-        make_pairs(job)
+    if job.get("measure"):
+        result |= job["measure"](job)
     job["folder"].mkdir(parents=True, exist_ok=True)
-    result["ran"] = job["command"]
-    record.write_text(json.dumps(result))
-    print(f"  {job['name']}", flush=True)
+    record.write_text(json.dumps({"command": job["command"], "result": result}))
+    print(f"  seed {job['seed']}: {job['folder'].name}", flush=True)
     return result
 
 
@@ -161,27 +163,21 @@ def train(job):
         run = subprocess.Popen(command, cwd=job["root"], stdout=log, stderr=log)
         _, run.returncode, usage = os.wait4(run.pid, 0)
     if run.returncode:
-        raise RuntimeError(f"{job['name']} failed, see {job['folder']}.log")
+        raise RuntimeError(f"{job['folder']} failed, see {job['folder']}.log")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_memory_gb": peak}
 
 
 def load(job, policy):
     """Returns the tokenizer, policy, SFT policy, scorers and judge of a job."""
-    import torch
-    import transformers
-
-    import common
-    import harness
-    from rewards import FunctionScorer, load_scorer
-
-    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device, sft = harness.pick_device("auto"), job["seed_folder"] / "sft"
-    tokenizer = common.load_tokenizer(str(sft))
+    device = harness.pick_device("auto")
+    sft = str(job["seed_folder"] / "sft")
+    tokenizer = common.load_tokenizer(sft)
     policy = common.load_causal_lm(str(policy), tokenizer)
-    ref_policy, scorers = common.load_causal_lm(str(sft), tokenizer), []
+    ref_policy = common.load_causal_lm(sft, tokenizer)
+    scorers = []
     reward_model = job["seed_folder"] / "reward_model"
     if reward_model.exists():
         options = {"trust_remote_code": False}
@@ -192,9 +188,6 @@ def load(job, policy):
 
 
 def prompt_rows(job, name, tokenizer):
-    import common
-    import harness
-
     rows = harness.read_rows([str(job["world"].data / f"{name}_prompts.jsonl")], [("prompt",)])
     for row in rows:
         row.prompt_ids, _ = common.encode(tokenizer, row["prompt"])
@@ -203,8 +196,6 @@ def prompt_rows(job, name, tokenizer):
 
 def measure(job):
     """Returns means over prompts x samples, for the report and the choice, and the run's log."""
-    import ppo
-
     policy = job.get("policy", job["folder"])
     tokenizer, policy, ref_policy, scorers, judge = load(job, policy)
     cfg = ppo.Config(response_length=job["world"].response_length, seed=job["seed"])
@@ -213,91 +204,92 @@ def measure(job):
         rows = [row for row in prompt_rows(job, name, tokenizer) for _ in range(NUM_SAMPLES)]
         samples = ppo.evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows)
         responses = [each["response"] for each in samples]
-        result[name] = {}
-        for key in ("true_reward", "score", "kl"):
-            result[name][key] = statistics.fmean(each[key] for each in samples)
+        result[name] = {key: mean_of(samples, key) for key in ("true_reward", "score", "kl")}
         result[name]["words"] = statistics.fmean(len(response.split()) for response in responses)
         result[name]["different"] = len(set(responses)) / len(responses)
     log = job["folder"] / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    evals = [row for row in lines if row.get("split") == "eval"]
     keys = ("iteration", "kl", "true_reward", "score")
+    evals = [row for row in lines if row.get("split") == "eval"]
     result["curve"] = [{key: row[key] for key in keys} for row in evals]
     result["pairs"] = [row for row in lines if row.get("split") == "pairs"]
     return result
 
 
+def mean_of(rows, key):
+    return statistics.fmean(row[key] for row in rows)
+
+
 def sample_sft(job, n, name, scorers_are_judge=False):
     """Returns (rows, texts, scores, true rewards) of n samples of the SFT policy per prompt."""
-    import best_of_n
-
     tokenizer, policy, _, scorers, judge = load(job, job["seed_folder"] / "sft")
-    scorers, length = [judge] if scorers_are_judge else scorers, job["world"].response_length
-    cfg = best_of_n.Config(n=n, response_length=length, batch_size=512, seed=job["seed"])
+    cfg = best_of_n.Config(
+        n=n, response_length=job["world"].response_length, batch_size=512, seed=job["seed"]
+    )
+    scorers = [judge] if scorers_are_judge else scorers
     rows = prompt_rows(job, name, tokenizer)
     return rows, *best_of_n.sample_all(cfg, policy, tokenizer, scorers, judge, rows)
 
 
 def measure_best_of_n(job):
     """Returns score and true reward of the best of n SFT samples, on the held-out prompts."""
-    import best_of_n
-
-    largest = job["world"].best_of
-    _, _, scores, truths = sample_sft(job, largest, "heldout")
+    _, _, scores, truths = sample_sft(job, job["world"].best_of, "heldout")
     rows = []
-    for n in [2**i for i in range(largest.bit_length())]:
-        score = best_of_n.best_of(scores, scores, n).mean().item()
-        true_reward = best_of_n.best_of(scores, truths, n).mean().item()
-        row = {"n": n, "kl": best_of_n.kl_bound(n), "score": score, "true_reward": true_reward}
-        rows.append(row)
+    for n in [2**i for i in range(job["world"].best_of.bit_length())]:
+        rows.append({
+            "n": n, "kl": best_of_n.kl_bound(n),
+            "score": best_of_n.best_of(scores, scores, n).mean().item(),
+            "true_reward": best_of_n.best_of(scores, truths, n).mean().item(),
+        })
     return {"best_of": rows}
 
 
 def make_pairs(job):
     """Writes pairs of the SFT policy's samples that the judge rates differently; it may err."""
-    rows, texts, _, truths = sample_sft(job, 8, "pair", scorers_are_judge=True)
-    rng, pairs = random.Random(job["seed"]), []
-    for row, some, true in zip(rows, texts, truths.tolist()):
+    rows, samples, _, truths = sample_sft(job, 8, "pair", scorers_are_judge=True)
+    rng = random.Random(job["seed"])
+    pairs = []
+    for row, some, true in zip(rows, samples, truths.tolist()):
         for first, second in ((0, 1), (2, 3), (4, 5), (6, 7)):
             if true[first] == true[second]:
                 continue
             # 1.5: it errs in 18 % of the pairs that are one word apart
             wins = rng.random() < 1 / (1 + math.exp(1.5 * (true[second] - true[first])))
             chosen, rejected = (first, second) if wins else (second, first)
-            pair = {"prompt": row["prompt"], "chosen": some[chosen], "rejected": some[rejected]}
-            pairs.append(pair)
+            texts = {"chosen": some[chosen], "rejected": some[rejected]}
+            pairs.append({"prompt": row["prompt"]} | texts)
     write_rows(job["seed_folder"] / "pairs.jsonl", pairs)
+    return {}
 
 
 # === All runs =====================================================================================
 def forked(work, patch):
-    """Returns a copy of the project with a patch of examples/forks applied."""
-    project = work / patch.removesuffix(".patch")
+    """Returns a copy of the project, in a folder of `work`, with a patch applied."""
+    project = work / patch.stem
     shutil.rmtree(project, ignore_errors=True)
     shutil.copytree(ROOT / "data", project / "data")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, project)
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)  # else git looks further up
-    subprocess.run(["git", "apply", ROOT / "examples" / "forks" / patch], cwd=project, check=True)
+    subprocess.run(["git", "apply", patch], cwd=project, check=True)
     return project
 
 
 def first_jobs(world, work, seed):
     """Returns the jobs that come before all methods, in their order."""
     folder = work / f"seed{seed}"
-    sft, pairs = folder / "sft", ()
-    if world.makes_pairs:
-        pairs = ("--data", str(folder / "pairs.jsonl"))
-    steps = [("sft", "stage", [SFT, *world.sft])]
-    if world.makes_pairs:
-        steps.append(("pairs", "pairs", None))
-    steps.append(("reward_model", "stage", [REWARD_MODEL, "--model", str(sft), *pairs]))
-    steps += [("best_of_n", "best of n", None), ("sft_measured", "policy", None)]
+    pairs = ["--data", str(folder / "pairs.jsonl")] if world.makes_pairs else []
+    reward_model = [REWARD_MODEL, "--model", str(folder / "sft"), *pairs]
+    steps = [("sft", [SFT, *world.sft], None)]
+    steps += [("pairs", None, make_pairs)] if world.makes_pairs else []
+    steps += [("reward_model", reward_model, None)]
+    steps += [("best_of_n", None, measure_best_of_n), ("sft_measured", None, measure)]
     jobs = []
-    for name, kind, command in steps:
-        job = {"world": world, "seed": seed, "seed_folder": folder, "root": ROOT, "policy": sft}
-        job |= {"kind": kind, "folder": folder / name, "command": command}
-        jobs.append(job | {"name": f"seed {seed}: {name}"})
+    for name, command, then in steps:
+        jobs.append({
+            "world": world, "seed": seed, "seed_folder": folder, "root": ROOT, "measure": then,
+            "folder": folder / name, "command": command, "policy": folder / "sft",
+        })
     return jobs
 
 
@@ -318,62 +310,60 @@ def job_of(world, work, seed, method, coefficient, evaluates=True):
         command += ["--eval-every", "1000000"]
     slug = re.sub(r"[^\w.]+", "_", f"{method}_{coefficient:g}")
     return {
-        "world": world, "seed": seed, "seed_folder": folder, "kind": "policy",
-        "root": work / this.fork.removesuffix(".patch") if this.fork else ROOT,
+        "world": world, "seed": seed, "seed_folder": folder, "measure": measure,
+        "root": work / this.fork if this.fork else ROOT,
         "folder": folder / slug, "command": command,
-        "name": f"seed {seed}: {method} {coefficient:g}",
     }
 
 
 def choose(results, name, seeds):
     """Returns the coefficient with the best mean true reward on the prompts for this choice."""
-    means = {}
-    for c in ALL[name].coefficients:
-        rewards = [results[name, c, seed]["choice"]["true_reward"] for seed in seeds]
-        means[c] = statistics.fmean(rewards)
-    return max(means, key=means.get)
+
+    def mean(c):
+        return mean_of([results[name, c, seed]["choice"] for seed in seeds], "true_reward")
+
+    return max(ALL[name].coefficients, key=mean)
 
 
 def compare(world, work, num_seeds, num_jobs, methods):
     """Does all runs. Returns {"methods": {name: {...}}, "best_of_n": ..., "sft": ...}."""
     for name in methods:
-        if ALL[name].fork and not (work / ALL[name].fork.removesuffix(".patch")).exists():
-            forked(work, ALL[name].fork)
-    seeds, first = range(num_seeds), range(min(2, num_seeds))
+        fork = ALL[name].fork
+        if fork and not (work / fork).exists():
+            forked(work, HERE.parent / "forks" / f"{fork}.patch")
+    results = {}  # {(method, coefficient, seed): record}
+    stages = {}  # {name: a record per seed}
+    compared = {}
     context = multiprocessing.get_context("spawn")
-    results, stages, best = {}, [], {}
     with concurrent.futures.ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
 
         def run_all(keys, evaluates):
             jobs = [job_of(world, work, seed, name, c, evaluates) for name, c, seed in keys]
             results.update(zip(keys, pool.map(run_job, jobs)))
 
-        for jobs in zip(*(first_jobs(world, work, seed) for seed in seeds)):  # step by step
-            stages.append(list(pool.map(run_job, jobs)))
+        for jobs in zip(*(first_jobs(world, work, seed) for seed in range(num_seeds))):
+            stages[jobs[0]["folder"].name] = dict(enumerate(pool.map(run_job, jobs)))
+        first = range(min(2, num_seeds))
         tried = [(name, c) for name in methods for c in ALL[name].coefficients]
         run_all([(name, c, seed) for name, c in tried for seed in first], True)
         best = {name: choose(results, name, first) for name in methods}
-        others = [seed for seed in seeds if seed not in first]
+        others = range(len(first), num_seeds)
         run_all([(name, best[name], seed) for name in methods for seed in others], False)
-    compared = {}
     for name in methods:
         runs = {str(c): {} for c in ALL[name].coefficients}
-        for (method, c, seed), result in results.items():
-            if method == name:
-                result.pop("ran", None)
-                runs[str(c)][str(seed)] = result
         compared[name] = {"flag": ALL[name].flag, "chosen": best[name], "runs": runs}
-    sft, reward_model, best_of, measured = stages[0], *stages[-3:]
+    for (name, c, seed), result in results.items():
+        compared[name]["runs"][str(c)][str(seed)] = result
     return {
-        "methods": compared,
-        "sft": {str(seed): measured[seed] for seed in seeds},
-        "best_of_n": {str(seed): best_of[seed]["best_of"] for seed in seeds},
-        "stages": {str(s): {"sft": sft[s], "reward_model": reward_model[s]} for s in seeds},
+        "methods": compared, "sft": stages["sft_measured"],
+        "best_of_n": {seed: result["best_of"] for seed, result in stages["best_of_n"].items()},
+        "stages": {name: stages[name] for name in ("sft", "reward_model")},
     }
 
 
 # === Table and picture ============================================================================
 KEYS = ("true_reward", "kl", "score", "different")
+HEADS = ("", "coefficient", "true reward", "KL, nats", "score", "different texts")
 
 
 def spread(values):
@@ -399,8 +389,7 @@ def table(result):
     for name, method in result["methods"].items():
         runs = method["runs"][str(method["chosen"])]
         timed = [run for seed, run in runs.items() if int(seed) > 1] or list(runs.values())
-        seconds = statistics.fmean(run["cpu_seconds"] for run in timed)
-        memory = statistics.fmean(run["peak_memory_gb"] for run in timed)
+        seconds, memory = mean_of(timed, "cpu_seconds"), mean_of(timed, "peak_memory_gb")
         what = f"`{method['flag']} {method['chosen']:g}`"
         cost = [f"{seconds:.0f}", f"{memory:.2f}", str(len(runs))]
         rows.append([name, what, *numbers(runs.values()), *cost])
@@ -408,8 +397,7 @@ def table(result):
         true, score = (spread(row[key] for row in same_n) for key in ("true_reward", "score"))
         number, bound = f"n = {same_n[0]['n']}", f"at most {same_n[0]['kl']:.2f}"
         rows.append(["best of n", number, true, bound, score, "", "", "", str(len(same_n))])
-    heads = ["", "coefficient", "true reward", "KL, nats", "score", "different texts"]
-    return markdown([*heads, "CPU seconds", "GB", "seeds"], rows)
+    return markdown([*HEADS, "CPU seconds", "GB", "seeds"], rows)
 
 
 def sweep_table(result):
@@ -419,12 +407,7 @@ def sweep_table(result):
         for c, runs in method["runs"].items():
             what = f"`{method['flag']} {c}`"
             rows.append([name, what, *numbers(runs.values()), str(len(runs))])
-    heads = ["", "coefficient", "true reward", "KL, nats", "score", "different texts", "seeds"]
-    return markdown(heads, rows)
-
-
-def mean_of(rows, key):
-    return statistics.fmean(row[key] for row in rows)
+    return markdown([*HEADS, "seeds"], rows)
 
 
 def draw(result, path):
@@ -435,12 +418,16 @@ def draw(result, path):
     from matplotlib import pyplot
 
     figure, (sweep, along, proxy) = pyplot.subplots(3, 1, figsize=(9, 15))
-    best = list(zip(*result["best_of_n"].values()))
-    for axes, key in ((sweep, "true_reward"), (along, "true_reward"), (proxy, "score")):
+    best = list(zip(*result["best_of_n"].values()))  # the seeds' rows, for each n
+    for axes, key, title in (
+        (sweep, "true_reward", "true reward, by coefficient"),
+        (along, "true_reward", "true reward along training, smallest coefficient"),
+        (proxy, "score", "score of the reward model, by coefficient"),
+    ):
         bounds = [mean_of(rows, "kl") for rows in best]
         label = "best of n (KL at most)"
         axes.plot(bounds, [mean_of(rows, key) for rows in best], "k--", label=label)
-        axes.set_xlabel("KL to the SFT policy, nats")
+        axes.set(title=title, xlabel="KL to the SFT policy, nats")
         axes.set_xscale("symlog", linthresh=1)
         axes.grid(alpha=0.3)
     for number, (name, method) in enumerate(result["methods"].items()):
@@ -451,14 +438,9 @@ def draw(result, path):
         sweep.plot(kls, [mean_of(rows, "true_reward") for rows in points], **style)
         if method["flag"] != "--beta":  # DPO and its kin do not train on the score
             proxy.plot(kls, [mean_of(rows, "score") for rows in points], **style)
-        furthest = list(method["runs"].values())[0]  # the smallest coefficient
-        for run in furthest.values():
-            curve = run["curve"]
-            kls = [row["kl"] for row in curve]
-            along.plot(kls, [row["true_reward"] for row in curve], **style | {"ms": 3})
-    sweep.set_title("true reward, by coefficient")
-    along.set_title("true reward along training, smallest coefficient")
-    proxy.set_title("score of the reward model, by coefficient")
+        for run in list(method["runs"].values())[0].values():  # of the smallest coefficient
+            kls = [row["kl"] for row in run["curve"]]
+            along.plot(kls, [row["true_reward"] for row in run["curve"]], **style | {"ms": 3})
     sweep.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -466,14 +448,15 @@ def draw(result, path):
 
 
 def machine():
-    """Returns what made the numbers: command, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    """Returns what made the numbers: command, commit, versions."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return {
-        "command": " ".join(["python", *sys.argv]), "commit": commit.stdout.strip(),
-        "versions": {"python": platform.python_version()} | versions,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -494,7 +477,7 @@ def main():
     pathlib.Path(args.output).write_text(json.dumps(machine() | result, indent=1) + "\n")
     print("\n".join([*table(result), "", *sweep_table(result), ""]))
     for stage in ("sft", "reward_model"):
-        seconds = [stages[stage]["cpu_seconds"] for stages in result["stages"].values()]
+        seconds = [run["cpu_seconds"] for run in result["stages"][stage].values()]
         print(f"{stage}.py: {spread(seconds)} CPU seconds")
     if importlib.util.find_spec("matplotlib"):
         draw(result, pathlib.Path(args.output).with_suffix(".png"))

@@ -27,18 +27,15 @@ beta      The weight of the KL against a reward that (1) defines: its scale is t
 
 Differs   The papers' sums of log-probabilities, not means per token, in all three; some libraries
           take means for IPO. (4) has its paper's weights at 1: here each pair has one text of
-          either kind. (5) is a mean over the whole batch, where the paper's code takes that of a
-          micro-batch; y' is drawn once per row, so that its log pi_ref is kept like the others'.
+          either kind. (5) is a mean over the whole batch; the paper's code takes a micro-batch's.
 
 Sources   Rafailov et al. 2023 ((1), their eqs. 4 to 6, and (2), eq. 7); Azar et al. 2023 ((3), eq.
           17, whose tau is beta); Ethayarajh et al. 2024 ((4), eq. 8 as at ICML).
 
-Run       python examples/beside_ppo/dpo.py                                  DPO, on data/
-          python examples/beside_ppo/dpo.py --loss kto --output ckpt/kto
-          python examples/beside_ppo/dpo.py --policy ckpt/sft --data mine.jsonl
+Run       python examples/beside_ppo/dpo.py                          DPO, on the embedded pairs
+          python examples/beside_ppo/dpo.py --policy ckpt/sft --data mine.jsonl --loss kto
 Data      as for reward_model.py: {"prompt": ..., "chosen": ..., "rejected": ...} and its like
-Writes    ckpt/dpo: the policy as a Hugging Face folder, args.json, metrics.jsonl and, with a judge,
-          samples.jsonl
+Writes    ckpt/dpo: the policy, args.json, metrics.jsonl and, with a judge, samples.jsonl
 """
 
 import dataclasses
@@ -46,7 +43,6 @@ import math
 import pathlib
 import random
 import sys
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -58,6 +54,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import harness  # noqa: E402
 import ppo  # noqa: E402
+from best_of_n import encode_prompts  # noqa: E402
 from common import UserError  # noqa: E402
 from harness import DATA, Count, Positive, Range, Share, arg  # noqa: E402
 from reward_model import FORMATS, accuracy, preference, prompt_of  # noqa: E402
@@ -66,7 +63,7 @@ from sft import collate  # noqa: E402
 
 
 # === 0. Configuration =============================================================================
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/dpo", "folder for the policy and the logs")
     save_every: Count = arg(500, "optimizer steps between checkpoints")
@@ -76,7 +73,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     data: list[str] | None = arg(None, "JSONL files of pairs (default: the embedded preferences)")
     eval_data: list[str] | None = arg(None, "held-out pairs (default: some of --data)")
     judge: str | None = arg(None, "file.py:function, the true reward: reported, not trained on")
-    eval_prompts: list[str] | None = arg(None, "for the judge (default: the held-out pairs')")
+    eval_prompts: list[str] | None = arg(None, "JSONL files of prompts for the judge")
     max_prompt_length: Count = arg(512, "tokens; pairs with longer prompts are dropped and counted")
     response_length: Count = arg(512, "tokens with EOS; pairs with longer ones are dropped, too")
     temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "of responses for the judge")
@@ -101,10 +98,11 @@ def with_embedded_defaults(cfg):
     """Returns cfg, where the embedded pairs come with a judge and with prompts for it."""
     if cfg.data is not None:
         return cfg
-    judge = cfg.judge or f"{DATA / 'true_reward.py'}:true_reward"
-    eval_prompts = cfg.eval_prompts or [str(DATA / "heldout_prompts.jsonl")]
-    data = [str(DATA / "preferences.jsonl")]
-    return dataclasses.replace(cfg, data=data, judge=judge, eval_prompts=eval_prompts)
+    return dataclasses.replace(
+        cfg, data=[str(DATA / "preferences.jsonl")],
+        eval_prompts=cfg.eval_prompts or [str(DATA / "heldout_prompts.jsonl")],
+        judge=cfg.judge or f"{DATA / 'true_reward.py'}:true_reward",
+    )
 
 
 # === 1. Data: rows to texts =======================================================================
@@ -126,7 +124,8 @@ def with_unrelated(pairs, seed):
     """Returns pairs with a third text each, for eq. 5: its prompt and a response to another row."""
     if len(pairs) < 2:
         raise UserError("--loss kto needs two pairs and two held-out ones: eq. 5 mixes their texts")
-    rng, texts = random.Random(seed), []
+    texts = []
+    rng = random.Random(seed)
     others = [(i + rng.randrange(1, len(pairs))) % len(pairs) for i in range(len(pairs))]
     for (chosen, rejected), other in zip(pairs, others):
         _, response_ids = rng.choice(pairs[other])
@@ -140,9 +139,9 @@ def longest(texts):
 
 
 # === 2. Log-ratios: eq. 1 =========================================================================
-def response_logprobs(model, texts, pad_id):
+def response_logprobs(model, texts):
     """Returns log pi(y | x) of texts, (prompt ids, response ids) each: (B,) sums over tokens."""
-    tokens, attention_mask, response_mask = collate(texts, pad_id)
+    tokens, attention_mask, response_mask = collate(texts, model.generation_config.pad_token_id)
     tokens, attention_mask = tokens.to(model.device), attention_mask.to(model.device)
     logits = common.forward(model, tokens, attention_mask).logits  # (B, T, vocabulary)
     # Position i predicts token i + 1: drop the last column of the logits and the first of the rest.
@@ -154,69 +153,47 @@ def response_logprobs(model, texts, pad_id):
 
 
 @torch.no_grad()
-def all_logprobs(model, texts, microbatch_size, pad_id, desc):
+def all_logprobs(model, texts, microbatch_size):
     """Returns `response_logprobs` of rows with k texts each, (N, k) float32, in their order."""
     order = sorted(range(len(texts)), key=lambda i: longest(texts[i]))
     order = common.share(order)  # under torchrun a part, else all
     logprobs = torch.zeros(len(texts), len(texts[0]), device=model.device)
-    for start in tqdm(range(0, len(order), microbatch_size), desc=desc, leave=False):
+    for start in tqdm(range(0, len(order), microbatch_size), delay=2, leave=False):
         rows = order[start : start + microbatch_size]
         flat = [text for i in rows for text in texts[i]]
-        logprobs[rows] = response_logprobs(model, flat, pad_id).view(len(rows), -1)
+        logprobs[rows] = response_logprobs(model, flat).view(len(rows), -1)
     return common.total(logprobs)
 
 
-def log_ratios(model, texts, ref_logprobs, pad_id):
+def log_ratios(model, texts, ref_logprobs):
     """Returns eq. 1 of the chosen and of the rejected texts, (B,) each, from one forward pass."""
     flat = [chosen for chosen, *_ in texts] + [rejected for _, rejected, *_ in texts]  # 2B texts
-    logprobs = response_logprobs(model, flat, pad_id).view(2, -1)
+    logprobs = response_logprobs(model, flat).view(2, -1)
     return (logprobs - ref_logprobs[:, :2].T).unbind()
 
 
-@torch.no_grad()
-def reference_point(model, texts, ref_logprobs, cfg, pad_id):
+def reference_point(model, texts, ref_logprobs, microbatch_size):
     """Returns eq. 5: the mean log-ratio of unrelated texts, at least 0."""
-    total = torch.zeros((), device=model.device)
-    for start in range(0, len(texts), cfg.microbatch_size):
-        part = slice(start, start + cfg.microbatch_size)
-        unrelated = [text for _, _, text in texts[part]]
-        logprobs = response_logprobs(model, unrelated, pad_id)
-        total += (logprobs - ref_logprobs[part, 2]).sum()
-    sums = {"log_ratios": total, "texts": len(texts)}
-    sums = harness.sum_over_processes([], sums)
-    return max(0.0, float(sums["log_ratios"] / sums["texts"]))
+    unrelated = [(text,) for _, _, text in texts]
+    logprobs = all_logprobs(model, unrelated, microbatch_size)[:, 0]  # (B,)
+    return max(0.0, (logprobs - ref_logprobs[:, 2]).mean().item())
 
 
 # === 3. Losses: eqs. 2-4 ==========================================================================
-# All take log-ratios (B,) of the chosen and of the rejected texts and return the loss of each pair.
-def dpo_loss(chosen, rejected, beta):
-    """Rafailov et al. 2023, eq. 7: the loss of a reward model whose score is beta * h."""
-    return -F.logsigmoid(beta * (chosen - rejected))  # eq. 2
+def preference_loss(chosen, rejected, loss, beta, z=0.0):
+    """Returns the loss of each pair, (B,), from the log-ratios (B,) of its two texts.
 
-
-def ipo_loss(chosen, rejected, beta):
-    """Azar et al. 2023, eq. 17: the difference of log-ratios goes to 1 / (2 beta) and no further.
-
-    With (2) it grows without bound where one text always wins, however large beta is.
+    With (2) the difference of log-ratios grows without bound where one text always wins, however
+    large beta is; with (3) it goes to 1 / (2 beta) and no further. In (4) each text alone is good
+    or bad. Far from z the sigmoid is flat: what is already much better, or hopeless, moves nothing.
     """
-    return (chosen - rejected - 1 / (2 * beta)) ** 2  # eq. 3
-
-
-def kto_loss(chosen, rejected, beta, z):
-    """Ethayarajh et al. 2024, eq. 8: a text alone is good or bad, and no pair is needed.
-
-    Far from z the sigmoid is flat: what is already much better, or hopeless, moves nothing.
-    """
-    return 1 - (torch.sigmoid(beta * (chosen - z)) + torch.sigmoid(beta * (z - rejected))) / 2
-
-
-def preference_loss(chosen, rejected, cfg, z):
-    """Returns the loss of each pair by --loss."""
-    if cfg.loss == "dpo":
-        return dpo_loss(chosen, rejected, cfg.beta)
-    if cfg.loss == "ipo":
-        return ipo_loss(chosen, rejected, cfg.beta)
-    return kto_loss(chosen, rejected, cfg.beta, z)
+    if loss == "dpo":
+        return -F.logsigmoid(beta * (chosen - rejected))  # eq. 2
+    if loss == "ipo":
+        return (chosen - rejected - 1 / (2 * beta)) ** 2  # eq. 3
+    good = torch.sigmoid(beta * (chosen - z))
+    bad = torch.sigmoid(beta * (z - rejected))
+    return 1 - (good + bad) / 2  # eq. 4
 
 
 # === 4. Held-out evaluation =======================================================================
@@ -228,56 +205,42 @@ def held_out_metrics(log_ratios, cfg):
     chosen, rejected = log_ratios[:, 0], log_ratios[:, 1]
     z = max(0.0, log_ratios[:, 2].mean().item()) if cfg.loss == "kto" else 0.0
     return {
-        "loss": preference_loss(chosen, rejected, cfg, z).mean().item(),
+        "loss": preference_loss(chosen, rejected, cfg.loss, cfg.beta, z).mean().item(),
         "accuracy": accuracy(chosen, rejected)[0],  # of h as a reward model
         "chosen_log_ratio": chosen.mean().item(),  # nats; below 0: less likely than at the start
         "rejected_log_ratio": rejected.mean().item(),
     }
 
 
-def load_judge_prompts(cfg, tokenizer, eval_rows):
-    """Returns rows with prompts for the judge, encoded: --eval-prompts or the held-out pairs'."""
-    rows = harness.read_rows(cfg.eval_prompts, [("prompt",)]) if cfg.eval_prompts else eval_rows
-
-    def encode(row):
-        if not cfg.eval_prompts:
-            row["prompt"] = prompt_of(row)
-        row.unread = ()
-        row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
-        yield (harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty") or row
-
-    return harness.convert(rows, encode, "prompts for the judge")
-
-
 # === Main loop ====================================================================================
 def main(cfg):
     cfg = with_embedded_defaults(cfg)
-    if cfg.eval_prompts and cfg.judge is None:
-        raise UserError("--eval-prompts are for a judge; name one with --judge")
+    if (cfg.eval_prompts is None) != (cfg.judge is None):
+        raise UserError("--judge reads answers to --eval-prompts: name both, or neither")
     run = harness.Run(cfg, ("eval_every",))
-
-    # Data, tokenizer, models, optimizer
     rows = harness.read_rows(cfg.data, FORMATS)
     if cfg.eval_data is None:
         rows, eval_rows = harness.hold_out(rows, 512, cfg.seed, prompt_of)
     else:
         eval_rows = harness.read_rows(cfg.eval_data, FORMATS)
         harness.report_overlap(rows, eval_rows, prompt_of)
-    code, made_by = cfg.trust_remote_code, "python sft.py"
-    tokenizer = common.load_tokenizer(cfg.policy, made_by, code, cfg.chat_template_kwargs)
-    policy = common.load_causal_lm(cfg.policy, tokenizer, made_by, trust_remote_code=code)
+    code = cfg.trust_remote_code  # may a model bring code of its own?
+    tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
+    policy = common.load_causal_lm(cfg.policy, tokenizer, "python sft.py", trust_remote_code=code)
     common.set_generation_defaults(policy, tokenizer, cfg.temperature)
-    pad_id, eos_ids = tokenizer.pad_token_id, policy.generation_config.eos_token_id
 
     def encode(row):
-        return encode_row(row, tokenizer, eos_ids, cfg)
+        return encode_row(row, tokenizer, policy.generation_config.eos_token_id, cfg)
 
     pairs = harness.convert(rows, encode)
     eval_pairs = harness.convert(eval_rows, encode, "held out")
     if cfg.loss == "kto":
         pairs, eval_pairs = with_unrelated(pairs, cfg.seed), with_unrelated(eval_pairs, cfg.seed)
     judge = FunctionScorer(cfg.judge) if cfg.judge else None
-    prompt_rows = load_judge_prompts(cfg, tokenizer, eval_rows) if judge else []
+    prompt_rows = []  # the judge's
+    if judge:
+        prompt_rows = harness.read_rows(cfg.eval_prompts, [("prompt",)])
+        prompt_rows = encode_prompts(prompt_rows, cfg, tokenizer, "prompts for the judge")
     lengths = [longest(texts) for texts in pairs]  # in tokens
     sampled = [len(row.prompt_ids) + cfg.response_length for row in prompt_rows]
     common.check_context(policy, max(lengths + sampled + [longest(texts) for texts in eval_pairs]))
@@ -293,15 +256,13 @@ def main(cfg):
     harness.print_tokens(tokenizer, policy, pairs[0][0][0], pairs[0][0][1])
 
     # log pi_ref is the policy's own, from before it learns or is resumed
-    def read(texts, name):
-        return all_logprobs(policy, texts, cfg.microbatch_size, pad_id, name)
-
-    def ask_judge():
-        return ppo.evaluate(cfg, policy, ref_policy, tokenizer, [judge], judge, prompt_rows)
-
-    ref_logprobs, eval_ref = read(pairs, "reference"), read(eval_pairs, "reference")
-    baseline = run.kept.get("baseline") or (ask_judge() if judge else None)
-    held_out, samples = run.kept.get("held_out"), run.kept.get("samples", baseline)
+    ref_logprobs = all_logprobs(policy, pairs, cfg.microbatch_size)  # (N, 2), with KTO (N, 3)
+    eval_ref_logprobs = all_logprobs(policy, eval_pairs, cfg.microbatch_size)
+    held_out = run.kept.get("held_out")
+    baseline = run.kept.get("baseline")  # responses before training
+    if judge and baseline is None:
+        baseline = ppo.evaluate(cfg, policy, ref_policy, tokenizer, [judge], judge, prompt_rows)
+    samples = run.kept.get("samples", baseline)
     run.restore(tokenizer, {"policy": policy}, optimizer, schedule)
     if judge and not run.done:
         ppo.log_evaluation(run, samples, baseline)
@@ -311,19 +272,20 @@ def main(cfg):
     for step, index in run.steps(batches, num_steps):
         run.phase("backward")
         own = common.share(index)  # under torchrun this process's part, else all
-        texts, refs = [pairs[i] for i in own], ref_logprobs[own]
-        z = reference_point(policy, texts, refs, cfg, pad_id) if cfg.loss == "kto" else 0.0
-        loss, num_right = 0.0, 0.0
+        z = 0.0
+        if cfg.loss == "kto":
+            texts = [pairs[i] for i in index]
+            z = reference_point(policy, texts, ref_logprobs[index], cfg.microbatch_size)
+        loss = 0.0
         for start in range(0, len(own), cfg.microbatch_size):
-            part = slice(start, start + cfg.microbatch_size)
-            chosen, rejected = log_ratios(policy, texts[part], refs[part], pad_id)  # (b,) each
-            losses = preference_loss(chosen, rejected, cfg, z)  # eq. 2, 3 or 4
+            part = own[start : start + cfg.microbatch_size]
+            texts = [pairs[i] for i in part]
+            chosen, rejected = log_ratios(policy, texts, ref_logprobs[part])  # (b,) each
+            losses = preference_loss(chosen, rejected, cfg.loss, cfg.beta, z)  # eq. 2, 3 or 4
             micro_loss = losses.sum() / len(index)  # divided once
             micro_loss.backward()  # gradients add up to those of the whole batch
             loss += micro_loss.item()
-            num_right += ((chosen - rejected).sign() + 1).sum().item() / 2  # ties count half
-        sums = {"loss": loss, "num_right": num_right}
-        sums = harness.sum_over_processes([policy], sums)  # and gradients; alone: as it is
+        sums = harness.sum_over_processes([policy], {"loss": loss})  # and gradients
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_step(grad_norm):  # finite
             optimizer.step()
@@ -331,18 +293,20 @@ def main(cfg):
         run.log({
             "iteration": step,
             "loss": float(sums["loss"]),  # falls, from 0.69 (dpo), 1 / (4 beta^2) (ipo), 0.5 (kto)
-            "accuracy": float(sums["num_right"]) / len(index),  # h_w > h_l; rises from 0.5
             "reference_point": z if cfg.loss == "kto" else None,  # eq. 5, in nats
             "grad_norm": grad_norm.item(),  # before clipping
             "lr": schedule.get_last_lr()[0],  # up, then down
-        }, shown=("loss", "accuracy"))
+        }, shown=("loss",))
         schedule.step()
         if run.is_due(cfg.eval_every):
             run.phase("evaluation")
-            held_out = held_out_metrics(read(eval_pairs, "held-out pairs") - eval_ref, cfg)
+            logprobs = all_logprobs(policy, eval_pairs, cfg.microbatch_size)
+            held_out = held_out_metrics(logprobs - eval_ref_logprobs, cfg)
             run.log({"split": "pairs", "iteration": step} | held_out)
             if judge:
-                samples = ask_judge()
+                samples = ppo.evaluate(
+                    cfg, policy, ref_policy, tokenizer, [judge], judge, prompt_rows
+                )
                 ppo.log_evaluation(run, samples, baseline)
         run.save_if_due({"baseline": baseline, "held_out": held_out, "samples": samples})
     run.finish()
