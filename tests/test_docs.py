@@ -107,7 +107,7 @@ def test_a_chinese_page_has_the_code_numbers_symbols_and_links_of_the_english_on
 def test_every_flag_in_the_text_exists_and_is_one_of_the_stage_it_is_given_to(name):
     known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     known |= flags_of(sft) | flags_of(reward_model) | flags_of(ppo)
-    known |= {"--help", "--table", "--check"}  # those of bench/fits.py
+    known |= {"--help", "--table"}  # those of bench/fits.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", TEXTS[name])) <= known
     parts = r"python (sft|reward_model|ppo)\.py((?: +--[a-z-]+(?: +[^\s&|`-][^\s&|`]*)?)*)"
     for script, flags in re.findall(parts, TEXTS[name]):
