@@ -154,7 +154,8 @@ def draw_panel(axes, panel, runs):
         for run, colour in zip(runs, COLOURS):
             look = {"color": colour, "markerfacecolor": inside, "label": f"{run.name} {key}"}
             if has(run.training, key):
-                side.plot(*points(run.training, panel.x, key), style, **look)
+                training = points(run.training, panel.x, key)
+                side.plot(*training, style, marker=".", markersize=4, **look)  # a lone point shows
             if has(run.held_out, key):
                 side.plot(*points(run.held_out, panel.x, key), "o", **look)
         if side is not axes:  # a constant such as beta is read against 0

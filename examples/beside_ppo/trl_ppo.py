@@ -1,4 +1,4 @@
-"""TRL's PPO on the same checkpoints with the settings of `python ppo.py`, for compare.py --peer.
+"""TRL's PPO on the same checkpoints with the settings of `python ppo.py`: a method of compare.py.
 
     pip install trl==1.12.0        the last release with PPO; needed for this file only
     python examples/beside_ppo/trl_ppo.py --policy ckpt/sft --reward ckpt/reward_model --output out
