@@ -473,6 +473,7 @@ def load_classifier(path, made_by=None, **options):
         members = {"base_model_prefix": kind.base_model_prefix}
         made = type(name, (ClassifierParts, base), members)
         classes.register(type(config), made, exist_ok=True)
+        classes = made  # transformers 5.17 ignores what is registered for a config of its own
     model, missing = load_model(classes, path, made_by, config, **options)
     model.base_model._init_weights(model.base_model)  # buffers that no folder holds: Falcon-H1's
     return model, missing
