@@ -409,7 +409,33 @@ MAY_CHANGE = (
 INPUTS = ("model", "policy", "reward", "judge", "data", "eval_data", "prompts", "eval_prompts")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 LOCK = "run.lock"  # in OUTPUT while a run writes to it
-current = {"phase": "loading", "lock": None}  # of the run in this process
+# Of this process's run; "signals" are those that wait while a process is forked.
+current = {"phase": "loading", "lock": None, "signals": ()}
+
+
+# A pool that a reward function forks ends its workers by SIGTERM. One that has just been forked has
+# the run's handler, and Python drops a signal that comes before it can call it: the pool would wait
+# for ever. So the signal waits while a worker is forked, and then has its default action there.
+def before_fork():
+    signal.pthread_sigmask(signal.SIG_BLOCK, current["signals"])
+
+
+def after_fork():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, current["signals"])
+
+
+def start_worker():
+    if current["signals"]:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    after_fork()
+    current["signals"] = ()
+
+
+if hasattr(os, "register_at_fork"):  # Windows forks nothing
+    os.register_at_fork(
+        before=before_fork, after_in_parent=after_fork, after_in_child=start_worker
+    )
 
 
 class Run:
@@ -563,19 +589,17 @@ class Run:
         """Yields (step, batch) of all steps to do; the batches of steps done are drawn and skipped.
         Ctrl-C and SIGTERM finish the step, save and stop; a second signal stops at once.
         """
-        process = os.getpid()
 
         def ask_to_stop(number, frame):
-            if not IS_TORCHRUN or os.getpid() != process:  # torchrun repeats the signal by itself
+            if not IS_TORCHRUN:  # which repeats the signal by itself
                 signal.signal(number, signal.SIG_DFL)
-            if os.getpid() != process:  # a worker that a reward function has forked
-                os.kill(os.getpid(), number)
-            elif not self.stop_signal and RANK == 0:
+            if not self.stop_signal and RANK == 0:
                 os.write(2, b"\nstopping after this iteration\n")
             self.stop_signal = number
 
         signals = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, ask_to_stop) for number in signals}
+        current["signals"] = (signal.SIGTERM,)
         self.num_steps = num_steps
         script = sys.argv[0]
         batches = itertools.islice(batches, self.done, num_steps)
@@ -593,6 +617,7 @@ class Run:
                     print(f"\nstopped; to go on: {start} {command}", file=sys.stderr)
                     sys.exit(128 + self.stopping)
         finally:
+            current["signals"] = ()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
