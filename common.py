@@ -188,19 +188,33 @@ def parts_by_length(attention_mask, index, size):
 
 # === Tokenizers ===================================================================================
 def load_tokenizer(path, made_by=None, trust_remote_code=False, chat_template_kwargs=None):
-    """Returns the tokenizer of a folder or hub id, with an EOS token and another pad token: with
-    pad = EOS, transformers' sequence classification would read the token before the EOS.
+    """Returns the tokenizer of a folder or hub id. It needs an EOS token, which is also the pad
+    token if there is no other: masks tell padding from text here, so the vocabulary stays as it is.
     """
     tokenizer = load(AutoTokenizer, path, made_by, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no text could end; set one")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     if chat_template_kwargs is not None:
         set_template_arguments(tokenizer, chat_template_kwargs)
     if "strftime_now" in str(tokenizer.chat_template):
         print("  warning: the chat template writes today's date: tomorrow's tokens will differ")
     return tokenizer
+
+
+def give_pad_token(tokenizer):
+    """Gives a reward model's tokenizer a pad token that is no EOS: with pad = EOS, transformers'
+    sequence classification would read the token before the EOS. An unused token serves, or a new
+    one.
+    """
+    names = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if re.search("pad|endoftext|reserved|unused", token.content, re.IGNORECASE):
+            if token.content not in (tokenizer.bos_token, tokenizer.eos_token):
+                names.append(token.content)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": [*names, "<|pad|>"][0]})
 
 
 def set_template_arguments(tokenizer, text):

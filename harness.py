@@ -700,8 +700,10 @@ class Run:
                 common.save_model(model, partial / name if i else partial)
             self.tokenizer.save_pretrained(partial)
             torch.save(state, partial / "state.pt")
+            mode = (partial / "state.pt").stat().st_mode  # as the umask has it; safetensors: 0600
             for path in [*partial.rglob("*"), *logs]:
                 if path.is_file():
+                    path.chmod(mode)
                     flush(path)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)

@@ -290,6 +290,7 @@ def main(cfg):
     code = cfg.trust_remote_code  # may a model bring code of its own?
     made_by = "python sft.py"
     tokenizer = common.load_tokenizer(cfg.model, made_by, code, cfg.chat_template_kwargs)
+    common.give_pad_token(tokenizer)  # other code finds a text's last token by it
     model, head_is_new = common.load_scalar_model(
         cfg.model, tokenizer, made_by, trust_remote_code=code
     )

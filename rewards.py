@@ -169,7 +169,7 @@ def load_scorer(spec, policy, tokenizer, microbatch_size, **options):
     made_by = "python reward_model.py"
     own = common.load(AutoTokenizer, spec, made_by, trust_remote_code=options["trust_remote_code"])
     if own.pad_token_id is None:  # its own forward pass depends on its pad token
-        own.add_special_tokens({"pad_token": "<|pad|>"})
+        common.give_pad_token(own)
     model, missing = common.load_classifier(spec, made_by, **options)
     if missing:
         what = f"{spec} is no trained reward model: it has no {missing[0]}"
@@ -180,7 +180,7 @@ def load_scorer(spec, policy, tokenizer, microbatch_size, **options):
     num_sampled = policy.get_output_embeddings().out_features  # ids that the policy may sample
     if (
         hasattr(model.config, "reward_mean") and common.has_token_head(model)
-        and own.get_vocab() == tokenizer.get_vocab()
+        and own.get_vocab().items() >= tokenizer.get_vocab().items()  # it may have a pad token more
         and own.chat_template == tokenizer.chat_template
         and model.get_input_embeddings().num_embeddings >= num_sampled
     ):

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from conftest import tiny_lm, tiny_scalar
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 import common
 from data import tiny_model
@@ -38,16 +39,33 @@ def test_a_tokenizer_that_writes_bos_and_eos_itself_gives_one_of_each():
 
 
 @pytest.mark.parametrize("pad_token", [None, "<|end|>"])
-def test_a_tokenizer_without_a_pad_of_its_own_gets_one_and_the_model_a_row(tmp_path, pad_token):
+def test_a_policy_without_a_pad_of_its_own_is_padded_with_eos_and_keeps_its_vocabulary(tmp_path, pad_token):
     tokenizer = tiny_model.train_tokenizer(["a fox sees a cub"] * 9, 300)
     tokenizer.pad_token = pad_token
-    for part in (tokenizer, tiny_lm(vocab_size=len(tokenizer))):
+    size = len(tokenizer)
+    for part in (tokenizer, tiny_lm(vocab_size=size)):
         part.save_pretrained(tmp_path)
     loaded = common.load_tokenizer(str(tmp_path))
-    assert loaded.pad_token_id != loaded.eos_token_id == tokenizer.eos_token_id
+    assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id and len(loaded) == size
     policy = common.load_causal_lm(str(tmp_path), loaded)
-    assert policy.get_input_embeddings().num_embeddings >= len(loaded) > loaded.pad_token_id
+    assert policy.get_input_embeddings().num_embeddings == size
     assert policy.generation_config.pad_token_id == policy.config.pad_token_id == loaded.pad_token_id
+
+
+@pytest.mark.parametrize("pad_token, tokens, expected", [
+    ("<|pad|>", [], "<|pad|>"), (None, ["<|reserved_0|>", "<|image|>"], "<|reserved_0|>"),
+    ("<|endoftext|>", ["<|im_end|>"], "<|endoftext|>"),  # another token ends its texts
+    (None, ["<|image|>"], "<|pad|>"),  # nothing that is clearly unused
+])
+def test_a_reward_models_pad_token_is_an_unused_one_before_a_new_one(pad_token, tokens, expected):
+    core = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    end = "<|im_end|>" if "<|im_end|>" in tokens else "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=pad_token)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    size = len(tokenizer)
+    common.give_pad_token(tokenizer)
+    assert tokenizer.pad_token == expected and tokenizer.pad_token != tokenizer.eos_token
+    assert len(tokenizer) == size + (expected == "<|pad|>" and pad_token is None)
 
 
 def test_a_tokenizer_without_eos_and_what_is_no_hub_id_are_refused(tmp_path, capsys):

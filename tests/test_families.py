@@ -3,6 +3,8 @@
 `python tests/test_families.py` prints the worst differences as a table.
 """
 
+import json
+import re
 import tempfile
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 import transformers
 from conftest import read_rows
 from safetensors.torch import load_file
-from tokenizers import processors
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import ppo
@@ -108,14 +111,24 @@ def test_families_whose_batches_are_not_their_texts_are_refused_in_one_line(fami
         assert "\n" not in str(caught.value)
 
 
-@everywhere
+@pytest.mark.parametrize("family", [*zoo.RUN, "phimoe"])  # whose router reads its noise
 def test_every_model_passes_the_checks_and_checkpointing_changes_no_bit_of_a_gradient(family, tmp_path):
-    make_lm(family).save_pretrained(tmp_path)
+    model = make_lm(family)
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in list(vars(config).items()):
+            if re.search("drop|jitter", name) and isinstance(value, float):
+                setattr(config, name, 0.1)
+    model.save_pretrained(tmp_path)
+    text = torch.tensor([[5, 6, 7, 8, 9]])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = plain(text, labels=text).loss  # of transformers alone, with the noise switched off
     tokens, mask = common.pad([[5, 6, 7, 8, 9], [5, 6]], 7, "left")
     gradients = []
     for checkpointing in (False, True):
         model = common.load_causal_lm(str(tmp_path), TOKENIZER)
         common.to_device(model, CPU, "float32", checkpointing)
+        nll = sft.completion_nll(model, text, torch.ones_like(text).bool(), torch.ones_like(text).bool())
+        assert abs(nll / 4 - expected) < 1e-5
         common.forward(model, tokens, mask).logits.logsumexp(-1)[mask].sum().backward()
         gradients.append([w.grad for w in model.parameters() if w.grad is not None])
     assert len(gradients[0]) > 5 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -198,6 +211,12 @@ def change_special_tokens(tokenizer, model, kind):
     elif kind == "no pad":
         tokenizer.pad_token = None
         model.config.pad_token_id = model.generation_config.pad_token_id = None
+    elif kind == "GPT-2":  # no special token but the EOS
+        tokenizer.pad_token = None
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] == EOS]
+        state["model"]["vocab"]["?"] = state["model"]["vocab"].pop("<|pad|>")
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     elif kind == "pad = EOS":
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = model.generation_config.pad_token_id = EOS
@@ -213,7 +232,7 @@ def change_special_tokens(tokenizer, model, kind):
     ("gpt2", "separate", "several EOS"), ("llama_tied", "shared", "no pad"), ("llama_untied", "separate", "BOS = EOS"),
     ("llama_untied", "shared", "pad = EOS"), ("gemma3", "separate", "pad = EOS"), ("opt_projected", "shared", "no BOS"),
     ("cohere2", "separate", "no BOS"), ("deepseek_v3", "shared", "no BOS"), ("mamba", "separate", "no BOS"),
-    ("qwen3_5", "shared", "no BOS"), ("lfm2", "separate", "no pad"), ("mixtral", "shared", "several EOS"),
+    ("qwen3_5", "shared", "no BOS"), ("gpt2", "shared", "GPT-2"), ("lfm2", "separate", "no pad"), ("mixtral", "shared", "several EOS"),
 ])
 def test_three_stages_hand_over_with_any_special_tokens_and_reload_to_equal_numbers(
     family, critic, kind, world, tmp_path, run_stage
@@ -251,7 +270,11 @@ def test_three_stages_hand_over_with_any_special_tokens_and_reload_to_equal_numb
     before = common.load_causal_lm(str(tmp_path / "sft"), tokenizer)(tokens).logits
     assert torch.equal(plain(tokens).logits, ours) and not torch.allclose(ours, before, atol=1e-4)
     assert set(plain.generation_config.eos_token_id) == ends
-    assert plain.generation_config.pad_token_id not in ends
+    base = AutoTokenizer.from_pretrained(tmp_path / "base")  # the policy keeps its vocabulary
+    assert tokenizer.get_vocab() == base.get_vocab()
+    assert plain.get_input_embeddings().weight.shape == model.get_input_embeddings().weight.shape
+    pad_id = AutoConfig.from_pretrained(tmp_path / "rm").pad_token_id  # other code reads by it
+    assert pad_id not in ends and (pad_id == len(base)) == (kind == "GPT-2")
     prompt_ids, _ = common.encode(tokenizer, "A fox meets a cub.")
     assert prompt_ids.count(EOS) == (prompt_ids[0] == EOS) == (kind == "BOS = EOS")
     if type(model.config) in WITH_CLASSIFIER:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import sys
 
 import pytest
@@ -111,7 +112,10 @@ def test_workers_can_import_a_function_and_a_ctrl_c_stops_the_run_but_no_program
     assert in_child(run) == 130
     rows = read_rows("out/metrics.jsonl")
     assert [row["score"] for row in rows] == [1.0] * 3  # an evaluation and two iterations
-    assert os.path.isdir("out/checkpoint-2")
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in pathlib.Path("out/checkpoint-2").iterdir():
+        assert path.is_dir() or path.stat().st_mode & 0o777 == 0o666 & ~umask  # others may read it
     status, out, err = run_stage(ppo, "--resume", "--output", "out")
     assert status == 0 and "resumed after 2" in out, err
 
