@@ -266,12 +266,12 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
         before = ids[: ids.index(first)] if first in ids else []
     if tools and (isinstance(prompt, str) or "tools" not in str(tokenizer.chat_template)):
         notes["with tools that nothing renders"] += 1
-    prompt_ids = token_ids(tokenizer, opening)
-    if prompt_ids[: len(before)] != before:
-        prompt_ids = before + prompt_ids
+    opening_ids = token_ids(tokenizer, opening)
+    has_beginning = opening_ids[: len(before)] == before
+    prompt_ids = opening_ids if has_beginning else before + opening_ids
     if response is None:
         return prompt_ids, []
-    reply = ids_after(tokenizer, opening, text)
+    reply = ids_after(tokenizer, opening, opening_ids, text)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ends = {*eos, *eos_ids}
     last = len(reply)  # one past the last word: what follows is EOS and white space
@@ -303,12 +303,12 @@ def token_ids(tokenizer, text):  # without special tokens
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def ids_after(tokenizer, opening, text):
-    """Returns the ids of `text` after `opening`. Where a token of both would cross the border,
-    `text` is tokenized after an anchor that keeps its tokens apart (alone it might get a space in
-    front), such that prompt and response still decode to the same text.
+def ids_after(tokenizer, opening, first, text):
+    """Returns the ids of `text` after `opening`, whose own ids are `first`. Where a token of both
+    would cross the border, `text` is tokenized after an anchor that keeps its tokens apart (alone
+    it might get a space in front), such that prompt and response still decode to the same text.
     """
-    first, both = token_ids(tokenizer, opening), token_ids(tokenizer, opening + text)
+    both = token_ids(tokenizer, opening + text)
     if both[: len(first)] == first:
         return both[len(first) :]
     notes["with a token across the border of prompt and response, tokenized apart"] += 1
