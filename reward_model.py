@@ -212,21 +212,6 @@ def accuracy(better, worse):
     return share, 2 * math.sqrt(expected * (1 - expected) / number)
 
 
-def calibration(differences, num_bins=4):
-    """Returns whether the model is as sure as it is right: a row per quantile of |s_c - s_r|.
-
-    Each row is (mean |difference|, promised accuracy, accuracy). Promised is the mean of
-    sigma(|difference|): by eq. 1, the probability that the text with the higher score is preferred.
-    """
-    rows = []
-    for group in differences[differences.abs().argsort()].tensor_split(num_bins):
-        if len(group):
-            size = group.abs()  # how sure the model is
-            right, _ = accuracy(group, torch.zeros_like(group))  # chosen above rejected
-            rows.append((size.mean().item(), size.sigmoid().mean().item(), right))
-    return rows
-
-
 def held_out_metrics(chosen, rejected, pairs):
     """Returns the `eval` row of metrics.jsonl, from raw scores: eq. 1 is not about scaled ones."""
     right, two_sigma = accuracy(chosen, rejected)  # chosen above rejected
@@ -241,18 +226,15 @@ def held_out_metrics(chosen, rejected, pairs):
     }
 
 
-def print_result(row, bins, drift):
-    """Prints the accuracy beside its trivial rival, the calibration, and the scale."""
+def print_result(row, drift):
+    """Prints the accuracy beside its trivial rival, the loss, and the scale."""
     print(
         f"\nheld-out accuracy {row['accuracy']:.3f} +- {row['accuracy_two_sigma']:.3f} (2 sigma); "
         f"'the longer one wins' has {row['longer_wins']:.3f}\n"
         f"held-out loss {row['loss']:.3f} nats; knowing nothing has {math.log(2):.3f}\n"
         f"score mean {row['reward_mean']:.3f}, standard deviation {row['reward_std']:.3f}; "
-        f"after reloading, scores differ by at most {drift:.1g}\n"
-        f"\n{'score difference':>18}{'promised accuracy':>20}{'accuracy':>11}"
+        f"after reloading, scores differ by at most {drift:.1g}"
     )
-    for size, promised, right in bins:
-        print(f"{size:>18.2f}{promised:>20.2f}{right:>11.2f}")
 
 
 # === Main loop ====================================================================================
@@ -363,7 +345,7 @@ def main(cfg):
     chosen_scaled, rejected_scaled = (chosen - mean) / std, (rejected - mean) / std  # eq. 3
     drift = check_saved(run, model, tokenizer, eval_pairs, chosen_scaled, rejected_scaled)
     run.finish()  # --output becomes a model folder
-    print_result(row, calibration(chosen - rejected), drift)
+    print_result(row, drift)
     prompts = "" if cfg.data is None else " --prompts YOUR_PROMPTS.jsonl"  # like those of the pairs
     flags = f"--policy {cfg.model} --reward {cfg.output}{prompts}"
     print(f"\nwrote {cfg.output}; next: python ppo.py {flags}")

@@ -232,7 +232,8 @@ def change_special_tokens(tokenizer, model, kind):
     ("gpt2", "separate", "several EOS"), ("llama_tied", "shared", "no pad"), ("llama_untied", "separate", "BOS = EOS"),
     ("llama_untied", "shared", "pad = EOS"), ("gemma3", "separate", "pad = EOS"), ("opt_projected", "shared", "no BOS"),
     ("cohere2", "separate", "no BOS"), ("deepseek_v3", "shared", "no BOS"), ("mamba", "separate", "no BOS"),
-    ("qwen3_5", "shared", "no BOS"), ("gpt2", "shared", "GPT-2"), ("lfm2", "separate", "no pad"), ("mixtral", "shared", "several EOS"),
+    ("qwen3_5", "shared", "no BOS"), ("gpt2", "shared", "GPT-2"),
+    ("lfm2", "separate", "no pad"), ("mixtral", "shared", "several EOS"),
 ])
 def test_three_stages_hand_over_with_any_special_tokens_and_reload_to_equal_numbers(
     family, critic, kind, world, tmp_path, run_stage

@@ -92,7 +92,7 @@ def test_every_function_class_and_method_is_used_by_the_six_files_themselves():
 @pytest.mark.parametrize("stage, functions", [
     ("ppo", "token_logprobs forward_responses kl_shaped_rewards adapt_kl_coef gae bandit whiten "
             "policy_loss value_loss minibatches mask_through_first_eos"),
-    ("sft", "completion_nll"), ("reward_model", "preference_loss pair_scores calibration"),
+    ("sft", "completion_nll"), ("reward_model", "preference_loss pair_scores"),
 ])
 def test_an_equation_names_neither_flags_nor_a_run(stage, functions):
     nodes = {node.name: node for node in definitions(SOURCES[stage])}

@@ -77,15 +77,6 @@ def test_accuracy_counts_ties_half_and_two_sigma_is_that_of_two_wins_and_losses_
     assert reward_model.accuracy(better, worse) == pytest.approx(expected, abs=1e-9)
 
 
-def test_calibration_bins_by_size_and_promises_the_mean_probability():
-    differences = torch.tensor([0.1, -0.2, 3.0, -4.0, 2.0, 0.3, 5.0, -0.05])
-    rows = reward_model.calibration(differences, num_bins=2)
-    sizes = [[0.05, 0.1, 0.2, 0.3], [2.0, 3.0, 4.0, 5.0]]
-    for row, expected, wins in zip(rows, sizes, (2, 3), strict=True):
-        promised = sum(1 / (1 + math.exp(-x)) for x in expected) / 4
-        assert row == pytest.approx((sum(expected) / 4, promised, wins / 4), abs=1e-6)
-
-
 def test_it_learns_stores_the_scale_and_writes_a_classifier_that_loads(world, tmp_path, run_stage):
     status, out, _ = run_stage(*flags(world, tmp_path, "--epochs", 20, "--lr", 0.01))
     assert status == 0 and "held-out accuracy" in out and "longer one wins" in out
