@@ -37,7 +37,7 @@ def job_of(world, work, seed, name):
     folder = work / f"seed{seed}"
     models = ["--policy", str(folder / "sft"), "--reward", str(folder / "reward_model")]
     return {
-        "world": world, "seed": seed, "seed_folder": folder, "root": ROOT, "kind": "row",
+        "world": world, "seed": seed, "seed_folder": folder, "root": ROOT,
         "folder": folder / name, "command": ["ppo.py", *models, *ROWS[name].split()],
         "name": f"seed {seed}: {name}",
     }

@@ -221,3 +221,15 @@ def test_an_output_that_is_a_file_or_holds_something_else_is_refused(world, tmp_
     for output in (file, file / "out"):
         refused(run_stage(ppo, *ppo_flags(world, output)), "ppo", "--output", "can't be written")
     assert os.listdir(tmp_path) == ["thesis.txt"] and file.read_text() == "kept"
+
+
+@pytest.mark.parametrize("flag, dtype, is_told", [
+    ("avx512_bf16", "auto", True), ("amx_bf16", "auto", True), ("avx512_f", "auto", False), ("amx_bf16", "float32", False),
+])
+def test_a_cpu_with_bf16_instructions_is_told_and_computes_in_float32_all_the_same(
+    flag, dtype, is_told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    harness.Run(harness.RunConfig(output=str(tmp_path / "out"), device="cpu", dtype=dtype))
+    harness.current["lock"].release()
+    assert ("--dtype bf16" in capsys.readouterr().out) == is_told
