@@ -78,6 +78,10 @@ def flags_of(module):
 def test_every_link_of_a_page_leads_to_a_file_and_every_command_fits_its_script(page):
     for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", PAGES[page]):
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\((?!https:)([^)#\s]*)#([^)]*)\)", PAGES[page]):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M)
+        assert anchor in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}, anchor
     for path in re.findall(r"`((?:docs|tests|examples|bench|data)/[\w./-]+\.\w+)`", PAGES[page]):
         assert (ROOT / path).exists(), path
     for command in commands_of(page):
