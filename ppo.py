@@ -149,47 +149,7 @@ LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (belo
 MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
 
 
-def check_config(cfg):
-    """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
-    if flags do not fit together.
-    """
-    if len(set(cfg.reward)) < len(cfg.reward):
-        raise UserError("--reward names the same reward twice; it would count twice")
-    if cfg.reward_device and cfg.lora_rank is not None:
-        raise UserError("--reward-device can't be used with --lora-rank, which shares weights")
-    if cfg.kl_horizon is not None and cfg.kl_target is None:
-        raise UserError("--kl-horizon needs a --kl-target")
-    if cfg.kl_target is not None and cfg.kl_coef == 0:
-        raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
-    if cfg.kl_horizon is not None and cfg.kl_horizon < cfg.batch_size:
-        raise UserError(f"--kl-horizon is {cfg.kl_horizon}; it must be at least {cfg.batch_size}")
-    for name in ("minibatch_size", "samples_per_prompt"):
-        if cfg.batch_size % getattr(cfg, name):
-            what = f"--batch-size {cfg.batch_size} is not a multiple of {harness.flag_of(name)}"
-            raise UserError(f"{what} {getattr(cfg, name)}")
-    if cfg.prompts is not None:  # the user's own; else the embedded world
-        return cfg
-    return dataclasses.replace(
-        cfg, prompts=[str(DATA / "prompts.jsonl")],
-        eval_prompts=cfg.eval_prompts or [str(DATA / "heldout_prompts.jsonl")],
-        judge=cfg.judge or f"{DATA / 'true_reward.py'}:true_reward",
-    )
-
-
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
-def endless_batches(rows, batch_size, samples_per_prompt, rng):
-    """Yields batches of rows endlessly: all rows in random order, then again in another order. In a
-    batch each row appears `samples_per_prompt` times, one after another.
-    """
-    order = []  # rows still to come
-    num_prompts = batch_size // samples_per_prompt
-    while True:
-        while len(order) < num_prompts:
-            order += rng.sample(rows, len(rows))  # one more pass over all rows
-        yield [row for row in order[:num_prompts] for _ in range(samples_per_prompt)]
-        order = order[num_prompts:]
-
-
 def mask_through_first_eos(response, eos_ids):
     """Returns a mask (B, R) that is True up to and including the first EOS; all True without one.
 
@@ -263,24 +223,21 @@ def score_responses(scorers, rollout, prompt_rows):
 
 
 # === 3. Log-probabilities and values: log pi_old, log pi_ref, V_old at every response token =======
-PIECE = 2**25  # logits per piece: 128 MiB in float32, and several tensors of that size
-
-
 class ValueHead(torch.nn.Linear):
     """The critic of --critic shared: reads V from the policy's own last hidden states."""
 
 
 def token_logprobs(logits, tokens, temperature, with_entropy):
-    """Returns log-probabilities of tokens (b, R), and entropies, (b, R) float32 each.
+    """Returns log-probabilities of tokens (b, r), and entropies, (b, r) float32 each.
 
     The sampler divides the logits by the temperature, so we do the same for every log-probability:
     policy and reference are both tempered, and their KL starts at 0, up to rounding.
     """
-    all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, R, vocabulary)
-    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, R)
+    all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, r, vocabulary)
+    logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)  # (b, r)
     if not with_entropy:
         return logprobs, torch.zeros_like(logprobs)  # saves a pass over the vocabulary
-    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)  # (b, R): the exact entropy
+    return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)  # (b, r): the exact entropy
 
 
 def forward_responses(
@@ -304,18 +261,9 @@ def forward_responses(
     output = common.forward(
         policy, inputs, input_mask, logits_to_keep=num_columns, output_hidden_states=is_shared
     )
-    # A softmax over the vocabulary takes several tensors of the logits' size. Process a few rows at
-    # a time and recompute them in backward, so that only logits and their gradients exist in full.
-    num_rows = max(1, PIECE // (num_columns * output.logits.shape[-1]))
-    targets = tokens[:, -num_columns:]  # (b, r)
-    pieces = []  # (log-probabilities, entropies) of a few rows each
-    for logits, ids in zip(output.logits.split(num_rows), targets.split(num_rows)):
-        pieces.append(checkpoint(
-            token_logprobs, logits, ids, temperature, with_entropy,
-            use_reentrant=False, preserve_rng_state=False,
-        ))
-    logprobs = torch.cat([logprob for logprob, _ in pieces])  # (b, r)
-    entropies = torch.cat([entropy for _, entropy in pieces])  # (b, r)
+    logprobs, entropies = token_logprobs_in_pieces(
+        output.logits, tokens[:, -num_columns:], temperature, with_entropy
+    )  # (b, r) each
     if critic is None:
         values = torch.zeros_like(logprobs)  # a reference has no critic
     elif is_shared:
@@ -324,6 +272,27 @@ def forward_responses(
     else:
         values = common.token_scores(critic, inputs, input_mask)[:, -num_columns:]  # (b, r)
     return logprobs, values, entropies
+
+
+PIECE = 2**25  # logits per piece: 128 MiB in float32, and several tensors of that size
+
+
+def token_logprobs_in_pieces(logits, tokens, temperature, with_entropy):
+    """Returns the same as `token_logprobs`, in less memory: a softmax over the vocabulary takes
+    several tensors of the logits' size, so a few rows are processed at a time and recomputed in
+    the backward pass.
+    """
+    num_rows = max(1, PIECE // (logits.shape[1] * logits.shape[2]))
+    logprobs = []  # (rows, r) of each piece
+    entropies = []
+    for part, ids in zip(logits.split(num_rows), tokens.split(num_rows)):
+        part_logprobs, part_entropies = checkpoint(
+            token_logprobs, part, ids, temperature, with_entropy,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        logprobs.append(part_logprobs)
+        entropies.append(part_entropies)
+    return torch.cat(logprobs), torch.cat(entropies)  # (b, r) each
 
 
 @torch.no_grad()
@@ -636,7 +605,34 @@ def main(cfg):
     print_result(cfg, baseline, samples)
 
 
-# === Not the algorithm: prompts and models ========================================================
+# === Not the algorithm: flags, prompts and models =================================================
+def check_config(cfg):
+    """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
+    if flags do not fit together.
+    """
+    if len(set(cfg.reward)) < len(cfg.reward):
+        raise UserError("--reward names the same reward twice; it would count twice")
+    if cfg.reward_device and cfg.lora_rank is not None:
+        raise UserError("--reward-device can't be used with --lora-rank, which shares weights")
+    if cfg.kl_horizon is not None and cfg.kl_target is None:
+        raise UserError("--kl-horizon needs a --kl-target")
+    if cfg.kl_target is not None and cfg.kl_coef == 0:
+        raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
+    if cfg.kl_horizon is not None and cfg.kl_horizon < cfg.batch_size:
+        raise UserError(f"--kl-horizon is {cfg.kl_horizon}; it must be at least {cfg.batch_size}")
+    for name in ("minibatch_size", "samples_per_prompt"):
+        if cfg.batch_size % getattr(cfg, name):
+            what = f"--batch-size {cfg.batch_size} is not a multiple of {harness.flag_of(name)}"
+            raise UserError(f"{what} {getattr(cfg, name)}")
+    if cfg.prompts is not None:  # the user's own; else the embedded world
+        return cfg
+    return dataclasses.replace(
+        cfg, prompts=[str(DATA / "prompts.jsonl")],
+        eval_prompts=cfg.eval_prompts or [str(DATA / "heldout_prompts.jsonl")],
+        judge=cfg.judge or f"{DATA / 'true_reward.py'}:true_reward",
+    )
+
+
 # FORK: to use other prompt data, build rows with a "prompt" here.
 def load_prompts(cfg, tokenizer):
     """Returns (rows, held-out rows) short enough, each with its token ids as `row.prompt_ids`."""
@@ -658,6 +654,19 @@ def load_prompts(cfg, tokenizer):
 
 def prompt_of(row):
     return row["prompt"]
+
+
+def endless_batches(rows, batch_size, samples_per_prompt, rng):
+    """Yields batches of rows endlessly: all rows in random order, then again in another order. In a
+    batch each row appears `samples_per_prompt` times, one after another.
+    """
+    order = []  # rows still to come
+    num_prompts = batch_size // samples_per_prompt
+    while True:
+        while len(order) < num_prompts:
+            order += rng.sample(rows, len(rows))  # one more pass over all rows
+        yield [row for row in order[:num_prompts] for _ in range(samples_per_prompt)]
+        order = order[num_prompts:]
 
 
 def load_models(cfg, tokenizer, longest, device):

@@ -224,7 +224,8 @@ def test_an_output_that_is_a_file_or_holds_something_else_is_refused(world, tmp_
 
 
 @pytest.mark.parametrize("flag, dtype, is_told", [
-    ("avx512_bf16", "auto", True), ("amx_bf16", "auto", True), ("avx512_f", "auto", False), ("amx_bf16", "float32", False),
+    ("avx512_bf16", "auto", True), ("amx_bf16", "auto", True), ("avx512_f", "auto", False),
+    ("amx_bf16", "float32", False),
 ])
 def test_a_cpu_with_bf16_instructions_is_told_and_computes_in_float32_all_the_same(
     flag, dtype, is_told, tmp_path, monkeypatch, capsys
