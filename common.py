@@ -30,6 +30,8 @@ class UserError(Exception):
 
 def is_out_of_memory(error):
     """Returns whether a GPU, one of its libraries or the machine has no memory left."""
+    if isinstance(error, UserError):
+        return False
     is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_one or bool(re.search("out of memory|ALLOC_FAILED|allocate memory", str(error)))
 
@@ -291,9 +293,12 @@ def is_blank(tokenizer, id):  # remembered, as a text may end in a thousand spac
 
 
 def decode(tokenizer, prompt_ids, response_ids):
-    """Returns the text of a response: what it adds to the decoded prompt. EOS and padding go."""
-    left_out = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    kept = [id for id in response_ids if id not in left_out]
+    """Returns the text of a response: what it adds to the decoded prompt, without EOS and padding
+    at its end.
+    """
+    kept = list(response_ids)
+    while kept and kept[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        kept.pop()
     prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
     whole = tokenizer.decode(prompt_ids + kept, clean_up_tokenization_spaces=False)
     return whole[len(os.path.commonprefix([prompt, whole])) :]
@@ -366,7 +371,9 @@ def lost_words(text, message):
     """Returns a part of a message that its rendered text lacks, but for tags and spaces, or ""."""
     parts = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking", "content")]
     for call in message.get("tool_calls") or []:
-        call = call.get("function", call)
+        call = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(call, dict):
+            raise ValueError("has tool_calls that are no list of objects")
         arguments = call.get("arguments") or {}
         values = arguments.values() if isinstance(arguments, dict) else [arguments]
         parts.append(call.get("name"))
@@ -477,6 +484,9 @@ def load_classifier(path, made_by=None, **options):
     if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
+    if adapter_base(path):  # the scale is that of its base
+        vars(config).pop("reward_mean", None)
+        vars(config).pop("reward_std", None)
     classes = AutoModelForSequenceClassification
     causal_lms = AutoModelForCausalLM._model_mapping
     has_code = "AutoModelForSequenceClassification" in getattr(config, "auto_map", {})
@@ -552,8 +562,11 @@ def adapter_base(path):
         return None
     if any(name.endswith(".safetensors") and "adapter" not in name for name in os.listdir(path)):
         raise UserError(f"{path} holds a model and an adapter; give each a folder of its own")
-    with open(file, encoding="utf-8") as opened:
-        base = json.load(opened).get("base_model_name_or_path")
+    try:
+        with open(file, encoding="utf-8") as opened:
+            base = json.load(opened).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        explain(error, f"can't read {file}")
     if not base or os.path.realpath(base) == os.path.realpath(path):
         raise UserError(f"{path} is an adapter, but its adapter_config.json names no base model")
     return base
@@ -574,6 +587,8 @@ def merge_adapter(model, path):
             raise ValueError("it changes an embedding that is tied to the LM head")
         known = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
         odd = [name for name in known ^ held if ".base_layer." not in name]  # an adapted embedding
+        if head is None:  # of a scalar model, which needs no LM head
+            odd = [name for name in odd if "lm_head" not in name and "embed_out" not in name]
         if odd:
             raise ValueError(f"its weights do not match the model's: {min(odd)}")
         adapted.merge_and_unload().requires_grad_(True)

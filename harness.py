@@ -163,7 +163,8 @@ def pick_device(name, flag="--device"):
 
 def load_function(spec):
     """Returns the function that "file.py:function" names. Each file runs once, as one module, and
-    its folder is on the import path: it can import its neighbours, and spawned workers import it.
+    its folder is on the import path: it can import its neighbours, and spawned workers import it,
+    by the folder's name as well if another module is called like the file.
     """
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
@@ -172,13 +173,16 @@ def load_function(spec):
     known = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
     module = known.get(str(path))
     if module is None:
-        sys.path.append(str(path.parent))
-        found = importlib.util.find_spec(path.stem)  # another one, if the file is called math.py
-        module_name = path.stem if found and found.origin == str(path) else f"user_{path.stem}"
+        sys.path += [str(path.parent), str(path.parent.parent)]
+        stem = path.stem.replace(".", "_")
+        found = importlib.util.find_spec(stem)  # another one, if the file is called math.py
+        is_own = found and found.origin == str(path)
+        module_name = stem if is_own else f"{path.parent.name}.{stem}"
         module_spec = importlib.util.spec_from_file_location(module_name, path)
         module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
         try:
-            module_spec.loader.exec_module(module)
+            with torch.random.fork_rng(devices=[]):  # what it draws does not change the run
+                module_spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise UserError(f"{spec}: {path} fails: {type(error).__name__}: {error}") from error
@@ -430,6 +434,7 @@ def start_worker():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     after_fork()
     current["signals"] = ()
+    current["lock"] = None  # it is the parent's
 
 
 if hasattr(os, "register_at_fork"):  # Windows forks nothing
@@ -650,7 +655,11 @@ class Run:
         """Adds a row to metrics.jsonl and shows the keys `shown` beside the progress bar."""
         self.append("metrics.jsonl", row)
         if self.logger and RANK == 0:
-            self.logger(row)
+            try:
+                self.logger(dict(row))
+            except (Exception, SystemExit) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise UserError(f"--log {self.cfg.log} failed: {what}") from error
         if "split" not in row:
             self.history.append(row)
             numbers = {key: f"{row[key]:.3g}" for key in shown if row.get(key) is not None}

@@ -72,6 +72,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -610,7 +611,7 @@ def check_config(cfg):
     """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
     if flags do not fit together.
     """
-    if len(set(cfg.reward)) < len(cfg.reward):
+    if len({os.path.realpath(spec) for spec in cfg.reward}) < len(cfg.reward):
         raise UserError("--reward names the same reward twice; it would count twice")
     if cfg.reward_device and cfg.lora_rank is not None:
         raise UserError("--reward-device can't be used with --lora-rank, which shares weights")
@@ -1024,7 +1025,7 @@ def print_result(cfg, baseline, samples):
         prompt = new["prompt"]
         print(f"\n  {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
         for name, sample in (("SFT", old), ("PPO", new)):
-            truth = "" if cfg.judge is None else f", true {sample['true_reward']:.2f}"
+            truth = "" if not cfg.judge else f", true {sample['true_reward']:.2f}"
             text = f"    {name} (score {sample['score']:.2f}{truth}):{sample['response']}"
             print(harness.wrapped(text))
     prompt = samples[0]["prompt"]  # a string or a chat

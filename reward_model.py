@@ -336,7 +336,7 @@ def main(cfg):
     chosen, rejected = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
     reference = torch.cat(score_pairs(model, pairs, cfg.microbatch_size, pad_id, "score scale"))
     mean, std = reference.mean().item(), reference.std().item()  # of all training responses
-    if not std > 0:  # or nan
+    if not std > 1e-6 * max(1, abs(mean)):  # or nan
         raise UserError("the model gives all texts one score, or none; lower --lr or check --data")
     model.config.reward_mean, model.config.reward_std = mean, std  # PPO reads them
     row = {"split": "eval", "iteration": num_steps, "reward_mean": mean, "reward_std": std}

@@ -31,6 +31,7 @@ class FunctionScorer:
         self.spec = spec
         self.function = harness.load_function(spec)
 
+    @torch.enable_grad()  # and as before afterwards, whatever the function sets
     def __call__(self, tokens, attention_mask, rows, responses):
         """Returns the function's values. It may compare all rows, so rank 0 calls it for all."""
         zeros = torch.zeros(len(rows), device=tokens.device)
@@ -42,11 +43,11 @@ class FunctionScorer:
             if signals:  # programs that it starts do not see a Ctrl-C, whose failure would count
                 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             values = self.function([row["prompt"] for row in copies], list(responses), copies)
-            if not isinstance(values, (str, dict, set, torch.Tensor)):
+            if not isinstance(values, (str, dict, set, frozenset, torch.Tensor)):
                 values = list(values)  # a generator runs here
             scores = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
         except (Exception, SystemExit) as error:
-            if common.is_out_of_memory(error):
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 raise
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
@@ -193,7 +194,7 @@ def mean_and_std(scorer, scores):
     """Returns the scale of a reward model from elsewhere, from its N scores of SFT's responses."""
     scores = torch.tensor(scores)
     mean, std = scores.mean().item(), scores.std(correction=0).item()
-    if not 0 < std < math.inf:
+    if not 1e-6 * max(1, abs(mean)) < std < math.inf:  # rounding alone
         raise UserError(f"{scorer.spec} gives all responses the score {mean:g}")
     number = len(scores)
     print(f"  {scorer.spec}: mean {mean:.3f} and std {std:.3f} of {number} scores become 0 and 1")

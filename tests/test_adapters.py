@@ -274,8 +274,11 @@ def test_an_adapter_of_head_or_embedding_is_merged_as_peft_runs_it_and_refused_i
             common.load_causal_lm(str(folder), tokenizer)
         assert "\n" not in str(error.value)
     else:
-        logits = common.load_causal_lm(str(folder), tokenizer)(TOKENS).logits
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        model = common.load_causal_lm(str(folder), tokenizer)
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+        scalar, head_is_new = common.load_scalar_model(str(folder), tokenizer)  # has no LM head
+        hidden = [each.base_model(TOKENS).last_hidden_state for each in (scalar, model)]
+        assert head_is_new and torch.equal(*hidden)
 
 
 def test_an_adapter_folder_goes_into_every_stage_and_the_reference_is_the_merged_model(world, tmp_path, run_stage):
@@ -300,6 +303,7 @@ def test_an_adapter_folder_goes_into_every_stage_and_the_reference_is_the_merged
     head = safetensors.torch.load_file(scalar / "adapter_model.safetensors")
     loaded, _ = common.load_classifier(str(scalar))
     assert torch.equal(loaded.score.weight, head["base_model.model.score.weight"])
+    assert not hasattr(loaded.config, "reward_mean")  # which is the base's: its scale is measured anew
     # The adapter that is written is one of an adapter: still a folder that can be loaded.
     again = common.load_causal_lm(str(tmp_path / "ppo" / "adapter"), common.load_tokenizer(str(causal)))
     held = safetensors.torch.load_file(tmp_path / "ppo" / "model.safetensors")
@@ -309,7 +313,7 @@ def test_an_adapter_folder_goes_into_every_stage_and_the_reference_is_the_merged
 
 @pytest.mark.parametrize("breakage, words", [
     *((breakage, "can't be merged") for breakage in ("less", "more", "shape", "damaged", "pickled", "other")),
-    ("no base", "names no base model"), ("both", "give each a folder"),
+    ("no base", "names no base model"), ("both", "give each a folder"), ("no JSON", "can't read"),
 ])
 def test_an_adapter_that_is_not_whole_is_refused_by_name(breakage, words, world, tmp_path):
     save_adapter(tmp_path, world / "sft")
@@ -324,6 +328,8 @@ def test_an_adapter_that_is_not_whole_is_refused_by_name(breakage, words, world,
     safetensors.torch.save_file(changed.get(breakage, held), file)
     changes = {"no base": {"base_model_name_or_path": None}, "other": {"peft_type": "LOHA"}}.get(breakage, {})
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    if breakage == "no JSON":
+        config.write_text("{")
     if breakage == "damaged":
         file.write_bytes(file.read_bytes()[:100])
     elif breakage == "pickled":
@@ -331,5 +337,5 @@ def test_an_adapter_that_is_not_whole_is_refused_by_name(breakage, words, world,
         file.unlink()
     elif breakage == "both":
         shutil.copy(world / "sft" / "model.safetensors", tmp_path)
-    with pytest.raises(common.UserError, match=f"{re.escape(str(tmp_path))}.*{words}"):
+    with pytest.raises(common.UserError, match=f"{re.escape(str(tmp_path))}.*{words}|{words} {re.escape(str(config))}"):
         common.load_causal_lm(str(tmp_path), common.load_tokenizer(str(world / "sft")))

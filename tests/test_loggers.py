@@ -33,6 +33,9 @@ def test_every_number_of_the_log_arrives_and_a_missing_package_ends_the_run_in_o
     for call in package.log.call_args_list:
         seen |= {(key, call.kwargs["step"]): number for key, number in call.args[0].items()}
     assert seen == expected and ("score_parts/0", 2) in seen and ("eval/kl", 0) in seen
+    package.log.side_effect = package.SummaryWriter().add_scalar.side_effect = KeyError("no network")
+    status, _, err = run_stage(ppo, *flags, "--overwrite")
+    assert status == 2 and f"error: --log {FILE}:{name} failed: KeyError: 'no network'" in err
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "loggers")
     status, _, err = run_stage(ppo, *flags, "--overwrite")

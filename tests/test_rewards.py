@@ -30,7 +30,7 @@ VALUES = {  # what a function returns for three responses: the scores, or None i
     "[torch.tensor(1.0), torch.tensor(2.0), 3]": [1, 2, 3],
     "None": None, "[1.0, None, 2.0]": None, "['1.0', '2', '3']": None, "'123'": None, "1.0": None,
     "torch.tensor(1.0)": None, "[1.0] * 2": None, "[1.0] * 4": None, "torch.ones(3, 2)": None,
-    "{0: 1.0, 1: 2.0, 2: 3.0}": None, "{1.0, 2.0, 3.0}": None, "[float('nan')] * 3": None,
+    "{0: 1.0, 1: 2.0, 2: 3.0}": None, "{1.0, 2.0, 3.0}": None, "frozenset([1, 2, 3])": None, "[float('nan')] * 3": None,
     "[1e300] * 3": None, "[1 / 0] * 3": None, "sys.exit(0)": None, "later()": None,
 }
 
@@ -74,6 +74,29 @@ def test_a_file_runs_once_for_all_flags_and_its_functions_cannot_change_what_the
     assert sys.modules["shared"].log == rows and len(rows) == 3
 
 
+def test_a_function_that_lacks_memory_is_named_and_what_it_draws_or_switches_changes_no_run(tmp_path):
+    (tmp_path / "mine.v2.py").write_text(
+        "import torch\ntorch.manual_seed(9)\n"
+        "def full(prompts, responses, rows):\n    raise ValueError('CUDA out of memory')\n"
+        "def off(prompts, responses, rows):\n    torch.set_grad_enabled(False)\n    return [0.0]\n"
+    )
+    state, given = torch.get_rng_state(), (torch.zeros(1, 5), None, [{"prompt": "A fox."}], ["a"])
+    with pytest.raises(common.UserError, match="full failed: ValueError: CUDA out of memory") as error:
+        rewards.FunctionScorer(f"{tmp_path}/mine.v2.py:full")(*given)
+    assert not common.is_out_of_memory(error.value)
+    rewards.FunctionScorer(f"{tmp_path}/mine.v2.py:off")(*given)
+    assert torch.is_grad_enabled() and torch.equal(state, torch.get_rng_state())
+
+
+def test_one_reward_under_two_names_and_one_that_is_constant_but_for_rounding_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (f"{tmp_path}/", f"{tmp_path}/link"):
+        with pytest.raises(common.UserError, match="twice"):
+            ppo.check_config(ppo.Config(reward=[str(tmp_path), other]))
+    with pytest.raises(common.UserError, match="gives all responses the score 0.7"):
+        rewards.mean_and_std(rewards.TokenScorer("x", None, 1), [0.7, 0.7 + 1e-8, 0.7 - 1e-8])
+
+
 REWARD = '''
 import multiprocessing, os, signal, subprocess, sys
 calls = []
@@ -99,12 +122,12 @@ def test_workers_can_import_a_function_and_a_ctrl_c_stops_the_run_but_no_program
     world, tmp_path, run_stage, monkeypatch
 ):
     """Otherwise what these programs try would count as failed, in an iteration that is saved."""
-    (tmp_path / "reward_with_workers.py").write_text(REWARD)
+    (tmp_path / "rewards.py").write_text(REWARD)  # as a module of the project is called
     monkeypatch.chdir(tmp_path)
 
     def run():
         os.setsid()
-        flags = ppo_flags(world, "out", "--reward", "reward_with_workers.py:score", "--iterations", 4)
+        flags = ppo_flags(world, "out", "--reward", "rewards.py:score", "--iterations", 4)
         status, _, err = run_stage(ppo, *flags)
         assert "to go on: " in err, err
         return [status]

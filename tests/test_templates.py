@@ -193,6 +193,12 @@ def test_calls_that_the_template_drops_are_lost_words_and_those_it_writes_are_th
                 assert not common.notes  # it is not "empty"
 
 
+@pytest.mark.parametrize("calls", ['[{"name": "f"}]', ["f"], [{"function": None}], {"name": "f"}])
+def test_calls_that_are_no_list_of_objects_are_refused_with_their_place(calls, tokenizer_of):
+    with pytest.raises(ValueError, match="has tool_calls that are no list of objects"):
+        common.lost_words("x", assistant("x", tool_calls=calls))
+
+
 # === --chat-template-kwargs =======================================================================
 VALUES = [
     True, False, None, 0, -7, 2**70, 1.5, -1e-7, 1e22, "", "high", "it's \"so\"", "#} {% x %} {# {{ y }} #}\n",

@@ -85,6 +85,13 @@ def test_a_decoded_response_is_what_it_adds_to_the_prompt_with_tags_and_without_
             assert text == response
 
 
+def test_a_pad_token_that_is_an_ordinary_word_goes_at_the_end_only():
+    tokenizer = make("byte-level")
+    tokenizer.pad_token = "!"
+    prompt_ids, response_ids = common.encode(tokenizer, "Help", "! Oh! Run")
+    assert common.decode(tokenizer, prompt_ids, response_ids + [tokenizer.pad_token_id] * 3) == "! Oh! Run"
+
+
 def test_the_texts_of_a_rollout_end_before_any_eos_and_without_padding(monkeypatch):
     tokenizer = make("byte-level")
     prompt_ids, response = common.encode(tokenizer, "a fox meets", " an owl")
