@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import gc
 import gzip
 import importlib.util
 import itertools
@@ -449,7 +450,7 @@ class Run:
 
     `may_change` are more flags that --resume may change. If a run can be extended (by a higher
     --iterations), its state is kept after the end. `done` is the number of steps (in ppo.py
-    iterations) done before, `kept` what `save_if_due` was given at the checkpoint then.
+    iterations) done before, `kept` what `save_if_due` was given then and a chosen micro-batch size.
     """
 
     def __init__(self, cfg, may_change=(), can_be_extended=False):
@@ -555,6 +556,7 @@ class Run:
         state = self.state
         self.state = {}
         self.history = []  # the rows of metrics.jsonl without a "split"
+        optimizer.state.clear()  # of a dry run
         if self.done:
             for name, model in models.items():
                 model.load_state_dict(state["weights"][name], strict=False)
@@ -699,7 +701,7 @@ class Run:
         partial = self.folder / f"checkpoint-{self.step}.partial"
         logs = [self.folder / name for name in LOGS if (self.folder / name).exists()]
         state = {
-            "step": self.step, "kept": kept, "inputs": self.inputs, "weights": {},
+            "step": self.step, "kept": self.kept | kept, "inputs": self.inputs, "weights": {},
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
             "random": random.getstate(), "torch_random": torch.get_rng_state(),
             "generator": self.generator.get_state(),
@@ -750,6 +752,62 @@ def adamw_with_cosine(cfg, model, table, num_steps):
     num_warmup = round(cfg.warmup * num_steps)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, num_warmup, num_steps)
     return optimizer, schedule
+
+
+def choose_microbatch_size(run, optimizer, default, largest, try_size):
+    """Returns --microbatch-size; if it is not given, on CUDA the fastest that fits, else `default`.
+
+    `try_size(size)` takes `size` of the longest rows through a forward and a backward pass, without
+    waiting for other processes. On CUDA it is called beside tensors of the size of Adam's moments,
+    which then stay until `Run.restore`. A resumed run keeps the size that it has once chosen.
+    """
+    if run.device.type != "cuda":
+        return run.cfg.microbatch_size or default
+    run.phase("optimizer step")
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+            optimizer.state[weight] = {"moments": torch.stack([weight.grad, weight.grad])}
+    run.phase("backward")
+    size = run.cfg.microbatch_size or run.kept.get("microbatch_size")
+    if size is None:
+        size = -greatest(-fastest_size(run, largest, try_size))  # the smallest of all processes
+        if size == 0:
+            remedy = "give --gradient-checkpointing, --lora-rank or, in ppo.py, --critic shared"
+            raise UserError(f"out of memory with a micro-batch of a single row: {remedy}")
+        run.kept["microbatch_size"] = size
+        print(f"  micro-batch size {size}, chosen by the dry run")
+    else:
+        try_size(min(size, largest))  # if memory is short, it runs out now
+    optimizer.zero_grad()
+    return size
+
+
+def fastest_size(run, largest, try_size):
+    """Returns the fastest micro-batch size that fits this process's GPU, or 0. Sizes double up to
+    `largest` while 15 % of the memory stays free and rows per second rise by more than 5 %.
+    """
+    fastest = 0
+    most = 0.0  # rows per second; all rows are equally long
+    for size in [2**i for i in range((largest - 1).bit_length())] + [largest]:  # 1, 2, 4, ...
+        speed = 0.0  # stays 0 if memory runs out
+        try:
+            try_size(size)  # warms up
+            run.phase("backward")
+            run.seconds.clear()
+            try_size(size)
+            speed = size / run.phase("backward")["backward"]
+        except torch.OutOfMemoryError:
+            pass  # here the traceback still holds tensors, so memory is freed below
+        free, total = torch.cuda.mem_get_info(run.device)  # bytes
+        torch.cuda.empty_cache()  # what this size took must not count for the next
+        if speed <= 1.05 * most or (fastest and free < 0.15 * total):
+            break
+        fastest = size
+        most = speed
+    gc.collect()
+    torch.cuda.empty_cache()
+    return fastest
 
 
 # === The screen ===================================================================================

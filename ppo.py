@@ -90,8 +90,9 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 
 # === 0. Configuration =============================================================================
 # Three batch sizes: an iteration samples --batch-size responses; an optimizer step learns from
-# --minibatch-size of them; a forward pass of scoring or learning takes --microbatch-size. So an
-# iteration takes ppo_epochs * batch_size / minibatch_size optimizer steps at most.
+# --minibatch-size of them; a forward pass of scoring or learning takes --microbatch-size, which
+# affects memory and speed only. So an iteration takes at most ppo_epochs * batch_size /
+# minibatch_size optimizer steps.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
@@ -131,7 +132,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
 
     ppo_epochs: Count = arg(4, "passes over each rollout; usually 1 to 4")
     minibatch_size: Count = arg(32, "responses per optimizer step")
-    microbatch_size: Count = arg(32, "responses per forward pass; affects memory and speed only")
+    microbatch_size: Count | None = arg(None, "responses per pass; None: by a dry run, 32 on a CPU")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
     value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values; inf: none")
     value_coef: Weight = arg(0.1, "weight of the value loss; matters mostly for a shared critic")
@@ -481,17 +482,18 @@ def main(cfg):
     code = cfg.trust_remote_code  # allow models that ship their own Python code
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
     rows, eval_rows = load_prompts(cfg, tokenizer)
-    longest = max(len(row.prompt_ids) for row in rows + eval_rows) + cfg.response_length
+    all_rows = rows + eval_rows
+    longest = max(len(row.prompt_ids) for row in all_rows) + cfg.response_length
     policy, ref_policy, critic, scorers = load_models(cfg, tokenizer, longest, run.device)
     judge = FunctionScorer(cfg.judge) if cfg.judge else None
     optimizer, schedule = make_optimizer(cfg, policy, critic)
     print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
     harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
-    dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows + eval_rows)
+    cfg = dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, all_rows)
     generator = run.own_generator()
     run.phase("evaluation")
     # Before `restore`, as these belong to the initial policy; a resumed run has kept them.
-    scales = measure_scales(run, policy, ref_policy, tokenizer, scorers, rows + eval_rows)
+    scales = measure_scales(cfg, run.kept, policy, ref_policy, tokenizer, scorers, all_rows)
     baseline = run.kept.get("baseline")  # its samples
     baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
     samples = run.kept.get("samples", baseline)  # the latest evaluation
@@ -776,17 +778,17 @@ def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
     return samples
 
 
-def measure_scales(run, policy, ref_policy, tokenizer, scorers, rows):
+def measure_scales(cfg, kept, policy, ref_policy, tokenizer, scorers, rows):
     """Normalizes scorers that have no scale, by their scores on the SFT policy's responses.
 
     Returns {reward: (mean, std)}, which checkpoints keep: a resumed run must use the same.
     """
-    scales = run.kept.get("scales", {})  # {reward: (mean, std)}
+    scales = kept.get("scales", {})  # {reward: (mean, std)}
     for scorer in scorers:
         if scorer.needs_scale:
             if scorer.spec not in scales:
                 some = rows[:256]
-                samples = evaluate(run.cfg, policy, ref_policy, tokenizer, [scorer], None, some)
+                samples = evaluate(cfg, policy, ref_policy, tokenizer, [scorer], None, some)
                 scales[scorer.spec] = mean_and_std(scorer, [each["score"] for each in samples])
             config = scorer.model.config
             config.reward_mean, config.reward_std = scales[scorer.spec]
@@ -817,24 +819,32 @@ def summarize(samples, baseline):
 
 
 def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows):
-    """On CUDA, runs the largest batch once, so that a lack of memory shows in the first minute.
+    """Returns run.cfg with the micro-batch size to use, which the scorers get as well.
 
-    The longest prompt with responses of full length is sampled, scored by models that read tokens
-    and taken through a backward pass, beside Adam's moments. Nothing is learned, and the random
-    state is unchanged.
+    On CUDA it takes the longest prompt with responses of full length through all phases, so that a
+    lack of memory shows in the first minute. Nothing is learned, and the random state is unchanged.
     """
-    cfg = run.cfg
     settings = policy.generation_config
+    longest = max(rows, key=lambda row: len(row.prompt_ids))
+    length = len(longest.prompt_ids) + run.cfg.response_length
+
+    def try_size(size):
+        tokens = torch.full((size, length), settings.pad_token_id)
+        attention_mask = torch.ones_like(tokens).bool()
+        attention_mask[0, 0] = len(longest.prompt_ids) == 1  # some padding, as in most batches
+        logprobs, values, entropies = forward_responses(
+            policy, critic, tokens, attention_mask, run.cfg.response_length, run.cfg.temperature,
+            run.cfg.entropy_coef > 0,
+        )
+        (logprobs.sum() + values.sum() + entropies.sum()).backward()
+
+    size = harness.choose_microbatch_size(run, optimizer, 32, run.cfg.minibatch_size, try_size)
+    cfg = dataclasses.replace(run.cfg, microbatch_size=size)
+    for scorer in scorers:
+        scorer.microbatch_size = size
     if run.device.type != "cuda":
-        return
-    run.phase("optimizer step")
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight)
-    optimizer.step()  # zero gradients change no weight
-    optimizer.zero_grad()
+        return cfg
     run.phase("rollout")
-    longest = max(rows, key=lambda row: len(row.prompt_ids))  # prompt
     eos_ids = settings.eos_token_id
     settings.eos_token_id = []  # no response ends
     rollout = sample_responses(
@@ -842,25 +852,15 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         torch.Generator(),
     )
     settings.eos_token_id = eos_ids
-    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # some padding, as in most batches
+    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # again some padding
     run.phase("score")
     for scorer in scorers:
         if scorer.reads_tokens:
             scorer(rollout.tokens, rollout.attention_mask, None, None)
     run.phase("log-probabilities")
-    evaluate_tokens(policy, critic, ref_policy, rollout, cfg.temperature, cfg.microbatch_size)
-    run.phase("backward")
-    part = slice(min(cfg.microbatch_size, cfg.minibatch_size))
-    for _ in range(2):  # the second time beside the gradients of the first
-        logprobs, values, entropies = forward_responses(
-            policy, critic, rollout.tokens[part], rollout.attention_mask[part],
-            rollout.response_mask.shape[1], cfg.temperature, cfg.entropy_coef > 0,
-        )
-        (logprobs.sum() + values.sum() + entropies.sum()).backward()
-    optimizer.zero_grad()
-    optimizer.state.clear()  # forget the dry run
-    print(f"  dry run of the longest batch: {harness.peak_memory(run.device) / 1e9:.2f} GB")
+    evaluate_tokens(policy, critic, ref_policy, rollout, cfg.temperature, size)
     torch.cuda.reset_peak_memory_stats(run.device)
+    return cfg
 
 
 # === Not the algorithm: metrics. The comments say what is healthy =================================
@@ -992,8 +992,8 @@ def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, num_prompts
         f"  {cfg.iterations} iterations x {cfg.batch_size} responses = "
         f"{cfg.iterations * cfg.batch_size} episodes, from {num_prompts} prompts; "
         f"{num_held_out} held out\n  rewards: {' + '.join(cfg.reward)}; judge: {cfg.judge}\n"
-        f"  {cfg.ppo_epochs} epochs of minibatches of {cfg.minibatch_size} (micro-batches of up to "
-        f"{cfg.microbatch_size}) = {num_steps} optimizer steps per iteration\n"
+        f"  {cfg.ppo_epochs} epochs of minibatches of {cfg.minibatch_size} = {num_steps} "
+        "optimizer steps per iteration\n"
         f"  lr {rates[0]:g}, critic lr {rates[1]:g} (by model size, unless given)"
     )
 

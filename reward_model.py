@@ -55,7 +55,7 @@ from harness import DATA, Count, Positive, Share, arg
 
 
 # === 0. Configuration =============================================================================
-# An optimizer step takes --batch-size pairs; --microbatch-size of them are in memory at a time.
+# An optimizer step takes --batch-size pairs, --microbatch-size at a time; it changes no gradient.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/reward_model", "folder for the model and the logs")
@@ -69,7 +69,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
 
     epochs: Count = arg(1, "passes over the pairs; 1")
     batch_size: Count = arg(32, "pairs per optimizer step")
-    microbatch_size: Count = arg(32, "pairs in memory at a time; changes no gradient")
+    microbatch_size: Count | None = arg(None, "pairs per pass; None: by a dry run, 32 on a CPU")
     lr: Share | None = arg(None, "peak learning rate; None: by model size")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
     weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
@@ -238,7 +238,7 @@ def print_result(row, drift):
 
 
 # === Main loop ====================================================================================
-def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected):
+def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected, microbatch_size):
     """Writes the scale into the checkpoint's config, loads the checkpoint, and returns the largest
     difference of its scores from those expected. A lost head would give noise.
     """
@@ -251,7 +251,7 @@ def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected):
     )
     common.to_device(saved.requires_grad_(False), run.device, run.cfg.dtype)
     new_chosen, new_rejected = score_pairs(
-        saved, eval_pairs, run.cfg.microbatch_size, tokenizer.pad_token_id, "reload"
+        saved, eval_pairs, microbatch_size, tokenizer.pad_token_id, "reload"
     )
     drift = max((new_chosen - chosen).abs().max(), (new_rejected - rejected).abs().max()).item()
     if not drift < 1e-3:
@@ -291,13 +291,21 @@ def main(cfg):
     eval_pairs = harness.convert(eval_rows, encode, "held out")
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]  # in tokens
     eval_lengths = [max(len(chosen), len(rejected)) for chosen, rejected in eval_pairs]
-    common.check_context(model, max(lengths + eval_lengths))  # has it as many positions?
+    longest = max(lengths + eval_lengths)
+    common.check_context(model, longest)  # has it as many positions?
     common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and precision
     num_steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)  # an epoch's last is smaller
     optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
     harness.print_models([("reward model", model)])
     harness.print_steps(cfg, len(pairs), len(eval_pairs), num_steps, optimizer)
     harness.print_tokens(tokenizer, model, pairs[0][0])  # is the EOS there?
+    largest = ([pad_id] * longest, [pad_id] * (longest - 1))  # for the dry run; with padding
+
+    def try_size(size):
+        chosen, rejected = pair_scores(model, [largest] * size, pad_id)
+        preference_loss(chosen, rejected).sum().backward()
+
+    microbatch_size = harness.choose_microbatch_size(run, optimizer, 32, cfg.batch_size, try_size)
     run.restore(tokenizer, {"reward_model": model}, optimizer, schedule)  # and opens the logs
 
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
@@ -307,8 +315,8 @@ def main(cfg):
         loss = 0.0  # of the batch
         num_right = 0
         part = common.share(index)  # under torchrun this process's part, else all
-        for start in range(0, len(part), cfg.microbatch_size):
-            micro = [pairs[i] for i in part[start : start + cfg.microbatch_size]]
+        for start in range(0, len(part), microbatch_size):
+            micro = [pairs[i] for i in part[start : start + microbatch_size]]
             chosen, rejected = pair_scores(model, micro, pad_id)  # (b,) each
             micro_loss = preference_loss(chosen, rejected).sum() / len(index)  # divided once
             micro_loss.backward()  # gradients add up to those of the whole batch
@@ -333,8 +341,8 @@ def main(cfg):
     # Held-out result, scale (eq. 3)
     run.phase("evaluation")
     common.merge_adapters(model)  # what is saved and evaluated
-    chosen, rejected = score_pairs(model, eval_pairs, cfg.microbatch_size, pad_id, "held-out pairs")
-    reference = torch.cat(score_pairs(model, pairs, cfg.microbatch_size, pad_id, "score scale"))
+    chosen, rejected = score_pairs(model, eval_pairs, microbatch_size, pad_id, "held-out pairs")
+    reference = torch.cat(score_pairs(model, pairs, microbatch_size, pad_id, "score scale"))
     mean, std = reference.mean().item(), reference.std().item()  # of all training responses
     if not std > 1e-6 * max(1, abs(mean)):  # or nan
         raise UserError("the model gives all texts one score, or none; lower --lr or check --data")
@@ -343,7 +351,9 @@ def main(cfg):
     row |= held_out_metrics(chosen, rejected, eval_pairs)
     run.log(row)  # the `eval` row
     chosen_scaled, rejected_scaled = (chosen - mean) / std, (rejected - mean) / std  # eq. 3
-    drift = check_saved(run, model, tokenizer, eval_pairs, chosen_scaled, rejected_scaled)
+    drift = check_saved(
+        run, model, tokenizer, eval_pairs, chosen_scaled, rejected_scaled, microbatch_size
+    )
     run.finish()  # --output becomes a model folder
     print_result(row, drift)
     prompts = "" if cfg.data is None else " --prompts YOUR_PROMPTS.jsonl"  # like those of the pairs

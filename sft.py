@@ -48,7 +48,7 @@ from harness import DATA, Count, Positive, Share, arg
 
 
 # === 0. Configuration =============================================================================
-# An optimizer step takes --batch-size rows; --microbatch-size of them are in memory at a time.
+# An optimizer step takes --batch-size rows, --microbatch-size at a time; it changes no gradient.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/sft", "folder for the trained policy and the logs")
@@ -62,7 +62,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
 
     epochs: Count = arg(4, "passes over the data; 1 to 3 for a pretrained model")
     batch_size: Count = arg(16, "sequences per optimizer step")
-    microbatch_size: Count = arg(16, "sequences in memory at a time; changes no gradient")
+    microbatch_size: Count | None = arg(None, "sequences per pass; None: by a dry run, 16 on a CPU")
     lr: Share | None = arg(None, "peak learning rate; None: by model size")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
     weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
@@ -167,9 +167,8 @@ def evaluate(model, examples, microbatch_size, pad_id):
     examples = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     examples = common.share(examples)  # under torchrun a part, else all
     for start in range(0, len(examples), microbatch_size):
-        tokens, attention_mask, completion_mask = collate(
-            examples[start : start + microbatch_size], pad_id
-        )
+        micro = examples[start : start + microbatch_size]
+        tokens, attention_mask, completion_mask = collate(micro, pad_id)
         nll += completion_nll(model, tokens, attention_mask, completion_mask).item()  # in nats
         num_tokens += completion_mask.sum().item()
     sums = harness.sum_over_processes([], {"nll": nll, "num_tokens": num_tokens})
@@ -235,16 +234,26 @@ def main(cfg):
     eval_examples = harness.convert(eval_rows, encode, "held out")
     lengths = [len(prompt_ids) + len(ids) for prompt_ids, ids in examples]  # in tokens
     eval_lengths = [len(prompt_ids) + len(ids) for prompt_ids, ids in eval_examples]
-    common.check_context(model, max(lengths + eval_lengths))  # has it as many positions?
+    longest = max(lengths + eval_lengths)
+    common.check_context(model, longest)  # has it as many positions?
     common.to_device(model, run.device, cfg.dtype, cfg.gradient_checkpointing)  # and precision
     num_steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)  # an epoch's last is smaller
     optimizer, schedule = harness.adamw_with_cosine(cfg, model, LR_BY_SIZE, num_steps)
     harness.print_models([("policy", model)])
     harness.print_steps(cfg, len(examples), len(eval_examples), num_steps, optimizer)
     harness.print_tokens(tokenizer, model, examples[0][0], examples[0][1])  # is the EOS there?
+    num_predicted = max(len(ids) for _, ids in examples + eval_examples)  # at most, of a row
+    largest = ([pad_id] * (longest - num_predicted), [pad_id] * num_predicted)  # for the dry run
+
+    def try_size(size):
+        tokens, attention_mask, completion_mask = collate([largest] * size, pad_id)
+        attention_mask[0, -1] = False  # some padding, as in most batches
+        completion_nll(model, tokens, attention_mask, completion_mask).backward()
+
+    microbatch_size = harness.choose_microbatch_size(run, optimizer, 16, cfg.batch_size, try_size)
     loss_before = run.kept.get("loss_before")  # a resumed run kept it
     if loss_before is None:
-        loss_before = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)
+        loss_before = evaluate(model, eval_examples, microbatch_size, pad_id)
     run.restore(tokenizer, {"policy": model}, optimizer, schedule)  # and opens the logs
 
     generator = torch.Generator().manual_seed(cfg.seed)  # its own: --resume draws the same again
@@ -255,10 +264,9 @@ def main(cfg):
         num_tokens = collate(batch, pad_id)[2].sum().item()  # the one denominator of this step
         loss = 0.0  # mean over the batch, in nats per token
         part = common.share(batch)  # under torchrun this process's part, else all
-        for start in range(0, len(part), cfg.microbatch_size):
-            tokens, attention_mask, completion_mask = collate(
-                part[start : start + cfg.microbatch_size], pad_id
-            )
+        for start in range(0, len(part), microbatch_size):
+            micro = part[start : start + microbatch_size]
+            tokens, attention_mask, completion_mask = collate(micro, pad_id)
             nll = completion_nll(model, tokens, attention_mask, completion_mask)  # a sum, in nats
             (nll / num_tokens).backward()  # gradients add up to those of the whole batch
             loss += nll.item() / num_tokens
@@ -279,7 +287,7 @@ def main(cfg):
     # Held-out result and samples
     run.phase("evaluation")
     common.merge_adapters(model)  # what is saved and evaluated
-    loss = evaluate(model, eval_examples, cfg.microbatch_size, pad_id)  # after training
+    loss = evaluate(model, eval_examples, microbatch_size, pad_id)  # after training
     run.log({"split": "eval", "iteration": num_steps, "loss_before": loss_before, "loss": loss})
     run.finish()  # --output becomes a model folder
     print_result(loss_before, loss, model, tokenizer, eval_examples)

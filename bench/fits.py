@@ -47,6 +47,7 @@ COLUMNS = ("weights", "gradients", "Adam's moments", "key-value cache", "activat
 class Config(ppo.Config):
     model: str = arg("1B", f"folder, hub id or config.json, or {', '.join(MODELS)}")
     table: bool = arg(False, "0.5 to 8 B parameters, in full and with adapters")
+    microbatch_size: harness.Count = arg(32, "responses per forward pass")
 
 
 # === Tensors without numbers, and what is alive of them ===========================================
@@ -91,9 +92,8 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
     def phase(self, name):
-        """Counts what follows for this phase. Returns 0, as it stands for harness.peak_memory."""
+        """Counts what follows for this phase."""
         self.phases[self.now], self.now, self.peak = self.peak, name, self.alive
-        return 0
 
 
 def attention_on_cuda(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
@@ -165,7 +165,8 @@ def computed(cfg, on_cuda=True):
     def forward_responses(*args, **options):
         before = ledger.alive
         outputs = forward(*args, **options)
-        parts["activations"] = ledger.alive - before
+        if torch.is_grad_enabled():
+            parts["activations"] = ledger.alive - before
         return outputs
 
     def sample_responses(policy, tokenizer, prompt_rows, response_length, temperature, generator):
@@ -184,7 +185,7 @@ def computed(cfg, on_cuda=True):
         return ppo.Rollout(tokens, mask, response_mask, mask[:, 0], response_mask.float(), [])
 
     replaced = [
-        (common, "parts_by_length", whole_parts), (harness, "peak_memory", ledger.phase),
+        (common, "parts_by_length", whole_parts),
         (ppo, "forward_responses", forward_responses), (ppo, "sample_responses", sample_responses),
         (torch.cuda, "reset_peak_memory_stats", mock.Mock()),
         (torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new)),
@@ -205,6 +206,7 @@ def computed(cfg, on_cuda=True):
         run = SimpleNamespace(cfg=cfg, device=SimpleNamespace(type="cuda"), phase=ledger.phase)
         rows = [SimpleNamespace(prompt_ids=[3] * cfg.max_prompt_length)]
         ppo.dry_run(run, policy, ref_policy, critic, scorers, optimizer, None, rows)
+        ledger.phase("end")
     models = [policy, ref_policy, critic, *(scorer.model for scorer in scorers)]
     weights = {weight for model in models if model is not None for weight in model.parameters()}
     gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)

@@ -7,8 +7,11 @@ the CPU, and what real CUDA refuses raises here too. It pretends
 - devices: tensors of two devices in one operation raise, except for what CUDA allows (CPU scalars,
   CPU indices, copies); autocast, autograd (a thread per device), fused and foreach optimizers are
   those of CUDA; CUDA starts when it is first needed, as the real one does;
-- memory: bytes of live storages and their peak, behind torch.cuda.*memory_allocated;
-- errors: --fail PHASE@STEP:N raises out of memory at the N-th allocation or wait there;
+- memory: bytes of live storages and their peak, behind torch.cuda.*memory_allocated; what the
+  allocator holds, the most since the last empty_cache, behind mem_get_info;
+- errors: --fail PHASE@STEP:N raises out of memory at the N-th allocation or wait there, --memory
+  BYTES where an allocation does not fit a device of that size. With --memory the clock of
+  harness.py goes on by one second at each look, so that a larger batch is always faster;
 - waiting: .item(), nonzero, indexing by a bool mask and blocking copies stop the host until the
   device is done; each is counted by the line of the scripts that caused it;
 - cumsum of floats, which raises under torch.use_deterministic_algorithms(True).
@@ -26,6 +29,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -35,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 import weakref
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -104,9 +109,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 WAITS = ("nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 MIXES_SCALARS = {"where", "masked_fill", "masked_fill_", "fill_", "_fused_adam_", "_fused_adamw_"}
+NO_LIMIT = 2**40  # bytes
 options = argparse.Namespace()  # of the run in this process
 noted = collections.Counter()  # {("waits", "draws" or "float64", what, phase, step, place): times}
 in_use, peak = collections.Counter(), collections.Counter()  # bytes by device index
+reserved = collections.Counter()  # of these the most since the last empty_cache
 peaks = collections.Counter()  # {(device index, phase, step): bytes}
 state = {"current": 0, "faults": 0, "phase": "loading", "step": 0}
 blocks = weakref.WeakValueDictionary()  # address -> Block
@@ -117,9 +124,13 @@ class Block:
 
     def __init__(self, size, index):
         maybe_fail()
-        self.size, self.index = -(-size // 512) * 512, index  # rounded as by CUDA's allocator
+        size = -(-size // 512) * 512  # rounded as by CUDA's allocator
+        if in_use[index] + size > options.memory:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+        self.size, self.index = size, index
         in_use[index] += self.size
         peak[index] = max(peak[index], in_use[index])
+        reserved[index] = max(reserved[index], in_use[index])
         key = index, state["phase"], state["step"]
         peaks[key] = max(peaks[key], in_use[index])
 
@@ -297,9 +308,11 @@ def place():
 
 
 def follow_run():
-    """Lets the phases of harness.Run be known here."""
+    """Lets the phases of harness.Run be known here, and sets its clock."""
     import harness
 
+    if options.memory < NO_LIMIT:
+        harness.time = types.SimpleNamespace(perf_counter=itertools.count().__next__)
     enter = harness.Run.phase
 
     def phase(run, name):
@@ -352,8 +365,16 @@ def install(devices):
     def reset_peak(device=None):
         peak[index_of(device)] = in_use[index_of(device)]
 
+    def empty_cache():
+        reserved.clear()
+        reserved.update(in_use)
+
+    def mem_get_info(device=None):
+        return options.memory - reserved[index_of(device)], options.memory
+
     replaced = {
         "_lazy_init": start, "synchronize": synchronize, "reset_peak_memory_stats": reset_peak,
+        "mem_get_info": mem_get_info, "empty_cache": empty_cache,
         "_exchange_device": exchange, "_maybe_exchange_device": exchange,
         "is_available": lambda: True, "device_count": lambda: devices, "current_device": lambda: state["current"],
         "set_device": lambda device: state.update(current=index_of(device)),
@@ -382,6 +403,7 @@ def run_script(argv):
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--fail", default="", help="PHASE@STEP:N, where memory runs out")
+    parser.add_argument("--memory", type=int, default=NO_LIMIT, help="bytes of each device")
     parser.add_argument("--deterministic", action="store_true", help="only such algorithms")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
