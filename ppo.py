@@ -1,7 +1,8 @@
 """Stage 3 of RLHF: train a language model with PPO.
 
-Follow one batch of text from the prompt to optimizer.step(): from `# 1. ROLLOUT` in `main` on, then
-sections 1 to 6. common.py has the decoding loop and the model calls, rewards.py the scorers.
+To follow one batch from the prompt to optimizer.step(), start at `# 1. ROLLOUT` in `main` and look
+up each function in the section of that number. common.py has the decoding loop and the model calls,
+rewards.py the scorers. harness.py (logs, checkpoints, several processes) can stay closed.
 
 Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
 
@@ -15,7 +16,7 @@ Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
                                           (V_t + clip(V'_t - V_t, -eps_v, eps_v) - G_t)^2)
 (7)  total       L       = -L_clip + c1 * L_value - c2 * entropy,  minimized
 (8)  adaptive    beta   <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * batch / horizon), kept
-                           between a tenth and ten times its initial value
+                           between a tenth and ten times its initial value; only with --kl-target
 
           V is the critic before the update, computed once per rollout, and 0 after the last token;
           V' is the critic now. A_t in (5) is whitened: mean 0 and standard deviation 1 over all
@@ -37,16 +38,17 @@ Mask      response_mask is True where a token counts: up to and including the fi
 
 Models    policy        starts at --policy              trained  writes the responses
           ref policy    a copy of it                    frozen   the KL is measured from it
-          reward model  --reward; several are summed    frozen   scores a finished response
+          reward model  --reward; several are summed    frozen   scores a whole response
           critic        separate: a copy of the first   trained  predicts the rewards to come, from
                         reward model that reads tokens,          an unfinished response
                         else of the policy with a head
                         of zeros; shared: a value head
           pi_old needs no model. It is the policy before the update; its log-probabilities are kept.
 
-Exact     One function computes all log-probabilities (old, new and reference), at the sampling
-          temperature and with the softmax in float32. Each mean in (5) to (7) is divided by the
-          count of the whole minibatch, so micro-batches change the gradient by rounding only.
+Exact     One function computes all log-probabilities that enter the equations (old, new and
+          reference), at the sampling temperature and with the softmax in float32. Each sum in (5)
+          to (7) is divided by the count of the whole minibatch, so micro-batches change the
+          gradient by rounding only.
 Differs   TRL adds the score one position after the last token that counts, when there is room; here
           it is at that token. In Huang et al. a response without EOS gets a fixed score; here a
           penalty is subtracted from its score.
@@ -57,8 +59,8 @@ Sources   Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (our eqs. 
           --kl-coef 0.05 --batch-size 512 --minibatch-size 512 --temperature 0.7
           --response-length 53 --iterations 1953, about 1,000,000 episodes.
 
-Run       python ppo.py --policy ckpt/sft                                        embedded world
-          python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   simplest recipe
+Run       python ppo.py --policy ckpt/sft                               the toy task in data/
+          python ppo.py --critic shared --advantage bandit --entropy-coef 0.01   fewest models
           python ppo.py --policy ckpt/sft --prompts mine.jsonl --reward mine.py:reward
 Writes    ckpt/ppo: the policy as a Hugging Face folder, critic/, state.pt (for --resume),
           args.json, metrics.jsonl, samples.jsonl
@@ -91,8 +93,8 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 # === 0. Configuration =============================================================================
 # Three batch sizes: an iteration samples --batch-size responses; an optimizer step learns from
 # --minibatch-size of them; a forward pass of scoring or learning takes --microbatch-size, which
-# affects memory and speed only. So an iteration takes at most ppo_epochs * batch_size /
-# minibatch_size optimizer steps.
+# affects memory and speed only. An iteration has up to ppo_epochs * batch_size / minibatch_size
+# optimizer steps.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
@@ -102,53 +104,45 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     explain: bool = arg(False, "print a response token by token, in iteration 1 and at evaluations")
 
     policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
-    reward: list[str] = arg(["ckpt/reward_model"], "reward models, file.py:function; summed")
-    judge: str | None = arg(None, "file.py:function, a trusted reward: logged, not trained on")
-    prompts: list[str] | None = arg(None, "JSONL files of prompts; None: the embedded world")
+    reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
+    judge: str | None = arg(None, "file.py:function, the true reward: logged, never trained on")
+    prompts: list[str] | None = arg(None, "JSONL files of prompts; None: the toy task in data/")
     eval_prompts: list[str] | None = arg(None, "held-out prompts; None: up to 128 of --prompts")
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
     batch_size: Count = arg(128, "responses per iteration")
     samples_per_prompt: Count = arg(1, "responses per prompt; batch_size counts responses")
     max_prompt_length: Count = arg(512, "in tokens; longer prompts are dropped and counted")
-    response_length: Count = arg(64, "in tokens; longer responses are truncated")
-    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "of sampling; usually 0.7 to 1")
+    response_length: Count = arg(64, "most tokens of a response; longer ones are truncated")
+    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "divides the logits; 0.7 to 1")
 
     # beta trades score for distance from the reference. If the score rises while the texts get
     # worse, the reward model is over-optimized: raise beta or stop earlier, and trust a judge, the
     # KL, lengths and your own reading more than the score.
     kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
-    kl_target: Positive | None = arg(None, "adapt beta to hold this KL, in nats; usually 3 to 10")
-    kl_horizon: Count | None = arg(None, "adaptation time, in episodes; None: a twelfth of all")
-    reward_device: str | None = arg(None, "of reward models and reference; None: as --device")
-    missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of truncated responses")
+    kl_target: Positive | None = arg(None, "adapt beta to hold this KL, usually 3 to 10 nats")
+    kl_horizon: Count | None = arg(None, "responses for beta to move 20 %; None: 1/12 of all")
+    reward_device: str | None = arg(None, "for reward models, reference; None: as --device")
+    missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of a response without EOS")
 
-    # gamma is 1 because a response is finite and no part of it is worth more for coming sooner. lam
+    # gamma is 1 because a response is finite and a reward counts the same wherever it comes. lam
     # trades bias for variance: 0 trusts the critic at the next token, 1 uses the full return.
     advantage: Literal["gae", "bandit"] = arg("gae", "one advantage per token, or one per response")
     gamma: Share = arg(1.0, "discount per token; 1 for text")
     lam: Share = arg(0.95, "lambda of GAE; usually 0.9 to 1")
-    critic: Literal["separate", "shared"] = arg("separate", "a model, or a head on the policy")
+    critic: Literal["separate", "shared"] = arg("separate", "own model, or a head on the policy")
 
     ppo_epochs: Count = arg(4, "passes over each rollout; usually 1 to 4")
     minibatch_size: Count = arg(32, "responses per optimizer step")
     microbatch_size: Count | None = arg(None, "responses per pass; None: by a dry run, 32 on a CPU")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
-    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values; inf: none")
+    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values in GAE; inf: none")
     value_coef: Weight = arg(0.1, "weight of the value loss; matters mostly for a shared critic")
     entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
-    max_approx_kl: Weight | None = arg(None, "stop an update early above this, usually 0.02")
-    lr: Share | None = arg(None, "learning rate of the policy, decays to 0; None: by size")
-    critic_lr: Share | None = arg(None, "learning rate of the critic, decays to 0; None: by size")
+    max_approx_kl: Weight | None = arg(None, "approx_kl that ends an update; usually 0.02")
+    lr: Share | None = arg(None, "learning rate of the policy, falls to 0; None: by size")
+    critic_lr: Share | None = arg(None, "learning rate of the critic, falls to 0; None: by size")
     max_grad_norm: Positive = arg(1.0, "clip the gradient norms of policy and critic to this")
-
-
-# Learning rates by number of parameters: a rate that suits a tiny model can ruin a large one within
-# one iteration. The first two were measured here (at 0.3, 1 and 5 M parameters approx_kl is 0.01 to
-# 0.05 in iteration 1), the last is that of Huang et al. 2024 for 1 to 7 B, the third is a guess.
-LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
-# Flags that --resume may change; --iterations also changes the learning rates and beta's horizon.
-MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
 
 
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================
@@ -179,8 +173,8 @@ class Rollout:
 def sample_responses(policy, tokenizer, prompt_rows, response_length, temperature, generator):
     """Returns a Rollout, by plain sampling without top-k or top-p.
 
-    The decoding loop is `common.generate_responses`. `common.set_generation_defaults` has replaced
-    the sampling settings stored with the model.
+    The decoding loop is `common.generate_responses`. Sampling settings stored with the model are
+    not read; `common.set_generation_defaults` has replaced them, for those who load it later.
     """
     settings = policy.generation_config  # only the EOS ids and the pad id are read from it
     # Padded on the left, all prompts end in column P - 1 and all responses start in column P.
@@ -189,7 +183,7 @@ def sample_responses(policy, tokenizer, prompt_rows, response_length, temperatur
     prompts, prompt_mask = prompts.to(policy.device), prompt_mask.to(policy.device)  # (B, P)
     response, sampled_logprobs = common.generate_responses(
         policy, prompts, prompt_mask, response_length, temperature, generator
-    )  # (B, R) each; after an EOS pad, and 0
+    )  # (B, R) each; after an EOS: pad tokens, log-probability 0
     response_mask = mask_through_first_eos(response, settings.eos_token_id)  # (B, R)
     eos_ids = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=response.device)
     finished = torch.isin(response, eos_ids).any(1)  # (B,)
@@ -220,7 +214,8 @@ def score_responses(scorers, rollout, prompt_rows):
     for scorer in scorers:
         scores.append(scorer(rollout.tokens, rollout.attention_mask, prompt_rows, rollout.texts))
         if not scores[-1].isfinite().all():
-            raise UserError(f"a score of {scorer.spec} is not finite; see its weights and --dtype")
+            what = "see its weights and --dtype, or the function"
+            raise UserError(f"{scorer.spec} gave a score that is not finite; {what}")
     return torch.stack(scores)  # (S, B)
 
 
@@ -230,7 +225,8 @@ class ValueHead(torch.nn.Linear):
 
 
 def token_logprobs(logits, tokens, temperature, with_entropy):
-    """Returns log-probabilities of tokens (b, r), and entropies, (b, r) float32 each.
+    """Returns the tokens' log-probabilities and the entropies (0 unless `with_entropy`), (b, r)
+    float32 each.
 
     The sampler divides the logits by the temperature, so we do the same for every log-probability:
     policy and reference are both tempered, and their KL starts at 0, up to rounding.
@@ -267,7 +263,7 @@ def forward_responses(
         output.logits, tokens[:, -num_columns:], temperature, with_entropy
     )  # (b, r) each
     if critic is None:
-        values = torch.zeros_like(logprobs)  # a reference has no critic
+        values = torch.zeros_like(logprobs)  # no values are wanted
     elif is_shared:
         hidden = output.hidden_states[-1][:, -num_columns:]  # (b, r, hidden size)
         values = critic(hidden.float()).squeeze(-1)  # (b, r)
@@ -276,30 +272,10 @@ def forward_responses(
     return logprobs, values, entropies
 
 
-PIECE = 2**25  # logits per piece: 128 MiB in float32, and several tensors of that size
-
-
-def token_logprobs_in_pieces(logits, tokens, temperature, with_entropy):
-    """Returns the same as `token_logprobs`, in less memory: a softmax over the vocabulary takes
-    several tensors of the logits' size, so a few rows are processed at a time and recomputed in
-    the backward pass.
-    """
-    num_rows = max(1, PIECE // (logits.shape[1] * logits.shape[2]))
-    logprobs = []  # (rows, r) of each piece
-    entropies = []
-    for part, ids in zip(logits.split(num_rows), tokens.split(num_rows)):
-        part_logprobs, part_entropies = checkpoint(
-            token_logprobs, part, ids, temperature, with_entropy,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        logprobs.append(part_logprobs)
-        entropies.append(part_entropies)
-    return torch.cat(logprobs), torch.cat(entropies)  # (b, r) each
-
-
 @torch.no_grad()
 def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch_size):
-    """Returns logprobs, ref_logprobs, values and entropies of a rollout, (B, R) float32 each.
+    """Returns logprobs, ref_logprobs, values and entropies of a rollout, (B, R) float32 each. They
+    mean something only where response_mask is True.
 
     The old log-probabilities are computed here although the sampler returns some, too: they must
     come from the function that the update uses, or the first ratio is not 1. Only rounding
@@ -311,6 +287,7 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything = torch.arange(len(tokens))  # all B rows
     for rows, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
+        # `columns` is a slice without what is padding in all of these rows, on either side.
         part, mask = tokens[rows, columns], attention_mask[rows, columns]
         width = columns.stop - prompt_length
         logprobs, values, entropies = forward_responses(
@@ -329,9 +306,9 @@ def kl_shaped_rewards(scores, token_kl, response_mask, kl_coef):
     Args:
         scores: (B,), one per response.
         token_kl: (B, R), log pi_old(y_t) - log pi_ref(y_t). Its sum over a response is a one-sample
-            estimate of the KL; its average over the policy's own samples approaches the KL.
+            estimate of the KL; the mean of many such sums approaches the KL.
 
-    The reward model judges the finished text, so the whole score is added at the last token; every
+    The reward model judges the whole text, so the whole score is added at the last token; every
     token is penalized for its own distance from the reference. GAE carries both back in time: as
     the KL is in the reward, and not in the loss, a token is also charged for the KL of later ones.
     """
@@ -403,7 +380,7 @@ def whiten(x, mask):
 # === 6. Update: eqs. 4-7 ==========================================================================
 @dataclass(frozen=True)
 class Batch:
-    """One rollout; constant during the update."""
+    """A rollout with all that the update needs; constant during the update."""
 
     tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
     attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
@@ -438,16 +415,18 @@ class Batch:
 def minibatches(batch_size, minibatch_size, epochs, generator):
     """Yields the row indices of every optimizer step of an update; each epoch has a new order."""
     for _ in range(epochs):
-        yield from torch.randperm(batch_size, generator=generator).split(minibatch_size)  # disjoint
+        order = torch.randperm(batch_size, generator=generator)
+        yield from order.split(minibatch_size)  # each row once
 
 
 # FORK: put another policy loss here.
 def policy_loss(ratio, advantages, clip_eps):
     """Returns the loss of each token, eq. 5, in the shape of the inputs.
 
-    In the first minibatch every ratio is 1 and the loss is -A, whose mean is about 0. The gradient
-    is not 0: d ratio = ratio * d log pi, so this step is REINFORCE with the advantage A. Where the
-    ratio is clipped and A pushes it further out, the minimum is constant and the gradient is 0.
+    In the first minibatch of an update every ratio is 1 and the loss is -A, whose mean is about 0.
+    The gradient is not 0: d ratio = ratio * d log pi, so this step is REINFORCE with the advantage
+    A. Where the ratio is clipped and A pushes it further out, the minimum is constant and the
+    gradient is 0.
     """
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (N,)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -468,8 +447,8 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
 
 @torch.no_grad()
 def add_statistics(sums, **terms):
-    """Adds a micro-batch's terms to the sums of its optimizer step. They are
-    averaged over optimizer steps and logged. To log another number, add a keyword.
+    """Adds a micro-batch's terms to the sums of its optimizer step, whose means over the steps are
+    logged. To log another number, add a keyword.
     """
     for name, term in terms.items():
         sums[name] = sums.get(name, 0.0) + term
@@ -478,7 +457,7 @@ def add_statistics(sums, **terms):
 # === Main loop: sections 1 to 6 in order ==========================================================
 def main(cfg):
     cfg = check_config(cfg)  # or the embedded prompts and judge
-    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # seeds, takes --output
+    run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # sets seeds, claims --output
     code = cfg.trust_remote_code  # allow models that ship their own Python code
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
     rows, eval_rows = load_prompts(cfg, tokenizer)
@@ -489,12 +468,12 @@ def main(cfg):
     optimizer, schedule = make_optimizer(cfg, policy, critic)
     print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
     harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
-    cfg = dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, all_rows)
-    generator = run.own_generator()
+    cfg = dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, all_rows)  # CUDA
+    generator = run.own_generator()  # of sampling and minibatches, alike in all processes
     run.phase("evaluation")
     # Before `restore`, as these belong to the initial policy; a resumed run has kept them.
     scales = measure_scales(cfg, run.kept, policy, ref_policy, tokenizer, scorers, all_rows)
-    baseline = run.kept.get("baseline")  # its samples
+    baseline = run.kept.get("baseline")  # its samples of the held-out prompts
     baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
     samples = run.kept.get("samples", baseline)  # the latest evaluation
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)  # beta
@@ -579,13 +558,13 @@ def main(cfg):
                     clip_fraction=((ratio - 1).abs() > cfg.clip_eps).sum() / num_tokens,
                     ratio=ratio.sum() / num_tokens,
                 )
-            step = harness.sum_over_processes([policy, critic], step)  # and gradients
+            step = harness.sum_over_processes([policy, critic], step)  # and sums gradients
             step["grad_norm"] = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             step["critic_grad_norm"] = clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
-            steps.append(step)  # with the norms before clipping
+            steps.append(step)  # the norms are those before clipping
             if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
-                break  # too far from pi_old: skip this step and the rest
-            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite
+                break  # earlier steps have gone too far from pi_old: skip this one and the rest
+            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite; a phase
                 optimizer.step()
         optimizer.zero_grad()  # frees memory for the rollout
 
@@ -604,11 +583,15 @@ def main(cfg):
             log_evaluation(run, samples, baseline)
         kept = {"kl_coef": kl_coef, "scales": scales, "baseline": baseline, "samples": samples}
         run.save_if_due(kept)
-    run.finish()  # OUTPUT becomes a model folder
+    run.finish()  # --output becomes a model folder
     print_result(cfg, baseline, samples)
 
 
 # === Not the algorithm: flags, prompts and models =================================================
+# Flags that --resume may change; --iterations also changes the learning rates and beta's horizon.
+MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
+
+
 def check_config(cfg):
     """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
     if flags do not fit together.
@@ -622,7 +605,8 @@ def check_config(cfg):
     if cfg.kl_target is not None and cfg.kl_coef == 0:
         raise UserError("--kl-target scales beta, so it needs a --kl-coef above 0 to start from")
     if cfg.kl_horizon is not None and cfg.kl_horizon < cfg.batch_size:
-        raise UserError(f"--kl-horizon is {cfg.kl_horizon}; it must be at least {cfg.batch_size}")
+        what = f"--batch-size, {cfg.batch_size}"
+        raise UserError(f"--kl-horizon is {cfg.kl_horizon}; it must be at least {what}")
     for name in ("minibatch_size", "samples_per_prompt"):
         if cfg.batch_size % getattr(cfg, name):
             what = f"--batch-size {cfg.batch_size} is not a multiple of {harness.flag_of(name)}"
@@ -660,8 +644,8 @@ def prompt_of(row):
 
 
 def endless_batches(rows, batch_size, samples_per_prompt, rng):
-    """Yields batches of rows endlessly: all rows in random order, then again in another order. In a
-    batch each row appears `samples_per_prompt` times, one after another.
+    """Yields batches of rows endlessly: all rows in random order, then again in another order. Each
+    row that is drawn stands `samples_per_prompt` times side by side.
     """
     order = []  # rows still to come
     num_prompts = batch_size // samples_per_prompt
@@ -695,7 +679,7 @@ def load_models(cfg, tokenizer, longest, device):
     for model in (policy, critic):
         common.to_device(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
     frozen_device = harness.pick_device(cfg.reward_device or cfg.device, "--reward-device")
-    dtype = "bf16" if cfg.dtype == "auto" and device.type == "cuda" else cfg.dtype  # as the policy
+    dtype = "bf16" if cfg.dtype == "auto" and device.type == "cuda" else cfg.dtype  # the policy's
     for model in (ref_policy, *(scorer.model for scorer in scorers)):
         if model is not None:  # functions have none
             common.to_device(model, frozen_device, dtype, compile=cfg.compile)
@@ -733,9 +717,15 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
     return critic
 
 
+# Learning rates by number of parameters: a rate that suits a tiny model can ruin a large one within
+# one iteration. The first two were measured here (at 0.3, 1 and 5 M parameters approx_kl is 0.01 to
+# 0.05 in iteration 1), the third is a guess, the last is that of Huang et al. 2024 for 1 to 7 B.
+LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
+
+
 def make_optimizer(cfg, policy, critic):
     """Returns Adam over policy and critic, each with its own rate, and a schedule to 0."""
-    sized = policy if isinstance(critic, ValueHead) else critic  # a value head: by its trunk
+    sized = policy if isinstance(critic, ValueHead) else critic  # a head: by its trunk
     lr = harness.lr_by_size(cfg.lr, LR_BY_SIZE, policy)  # the flag, or the table
     critic_lr = harness.lr_by_size(cfg.critic_lr, LR_BY_SIZE, sized)
     groups = [
@@ -813,9 +803,31 @@ def summarize(samples, baseline):
     for sample, old in zip(samples, baseline):
         wins += (sample[key] > old[key]) + 0.5 * (sample[key] == old[key])
     row = {"score": None, "true_reward": None, "kl": None}
-    for name in {"score", key, "kl"}:
-        row[name] = sum(sample[name] for sample in samples) / len(samples)
+    for name in row:
+        if name != "true_reward" or has_judge:
+            row[name] = sum(sample[name] for sample in samples) / len(samples)
     return row | {"win_rate": wins / len(samples)}
+
+
+PIECE = 2**25  # logits per piece: 128 MiB in float32, of which a piece takes several
+
+
+def token_logprobs_in_pieces(logits, tokens, temperature, with_entropy):
+    """Returns the same as `token_logprobs`, in less memory: a softmax over the vocabulary takes
+    several tensors of the logits' size, so a few rows are processed at a time and recomputed in
+    the backward pass.
+    """
+    num_rows = max(1, PIECE // (logits.shape[1] * logits.shape[2]))
+    logprobs = []  # (rows, r) of each piece
+    entropies = []
+    for part, ids in zip(logits.split(num_rows), tokens.split(num_rows)):
+        part_logprobs, part_entropies = checkpoint(
+            token_logprobs, part, ids, temperature, with_entropy,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        logprobs.append(part_logprobs)
+        entropies.append(part_entropies)
+    return torch.cat(logprobs), torch.cat(entropies)  # (b, r) each
 
 
 def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows):
@@ -825,13 +837,14 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
     lack of memory shows in the first minute. Nothing is learned, and the random state is unchanged.
     """
     settings = policy.generation_config
-    longest = max(rows, key=lambda row: len(row.prompt_ids))
-    length = len(longest.prompt_ids) + run.cfg.response_length
+    longest = max(rows, key=lambda row: len(row.prompt_ids))  # the longest prompt
+    length = len(longest.prompt_ids) + run.cfg.response_length  # P+R
 
     def try_size(size):
-        tokens = torch.full((size, length), settings.pad_token_id)
-        attention_mask = torch.ones_like(tokens).bool()
-        attention_mask[0, 0] = len(longest.prompt_ids) == 1  # some padding, as in most batches
+        tokens = torch.full((size, length), settings.pad_token_id)  # (size, P+R)
+        attention_mask = torch.ones_like(tokens).bool()  # (size, P+R)
+        if len(longest.prompt_ids) > 1:
+            attention_mask[0, 0] = False  # some padding, as in most batches
         logprobs, values, entropies = forward_responses(
             policy, critic, tokens, attention_mask, run.cfg.response_length, run.cfg.temperature,
             run.cfg.entropy_coef > 0,
@@ -839,12 +852,12 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         (logprobs.sum() + values.sum() + entropies.sum()).backward()
 
     size = harness.choose_microbatch_size(run, optimizer, 32, run.cfg.minibatch_size, try_size)
-    cfg = dataclasses.replace(run.cfg, microbatch_size=size)
+    cfg = dataclasses.replace(run.cfg, microbatch_size=size)  # args.json keeps what was given
     for scorer in scorers:
         scorer.microbatch_size = size
     if run.device.type != "cuda":
         return cfg
-    run.phase("rollout")
+    run.phase("rollout")  # the other phases, once, at this size
     eos_ids = settings.eos_token_id
     settings.eos_token_id = []  # no response ends
     rollout = sample_responses(
@@ -852,14 +865,15 @@ def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows
         torch.Generator(),
     )
     settings.eos_token_id = eos_ids
-    rollout.attention_mask[0, 0] = len(longest.prompt_ids) == 1  # again some padding
+    if len(longest.prompt_ids) > 1:
+        rollout.attention_mask[0, 0] = False  # again some padding
     run.phase("score")
     for scorer in scorers:
         if scorer.reads_tokens:
             scorer(rollout.tokens, rollout.attention_mask, None, None)
     run.phase("log-probabilities")
     evaluate_tokens(policy, critic, ref_policy, rollout, cfg.temperature, size)
-    torch.cuda.reset_peak_memory_stats(run.device)
+    torch.cuda.reset_peak_memory_stats(run.device)  # peak_memory_gb is about the run itself
     return cfg
 
 
@@ -886,8 +900,8 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
 
 
 def update_metrics(steps):
-    """Returns means over optimizer steps of all statistics that the loop recorded, and two values
-    of the first step, when the policy is still pi_old.
+    """Returns means over optimizer steps of all statistics that the loop recorded, the number of
+    steps, and two values of the first step, when the policy is still pi_old.
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
     2020, "Approximating KL divergence"). It measures one update, `kl` the whole run. Healthy:
@@ -907,7 +921,7 @@ def update_metrics(steps):
 
 def run_metrics(run, response_mask):
     """Returns counters, learning rate, seconds per phase, response tokens per second and memory."""
-    seconds = run.phase("evaluation")
+    seconds = run.phase("evaluation")  # begins; returns those of the phases before
     peak = harness.peak_memory(run.device)
     return {
         "iteration": run.step,
@@ -932,11 +946,12 @@ MAX_GAP = 0.5
 
 
 def check_sampler(run, policy, rollout, logprobs):
-    """Returns sampler_gap, 0 up to rounding, and warns or ends the run if it is too large."""
+    """Returns sampler_gap, about 0. Warns if it is too large, or ends the run in its first step."""
     gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
-        raise UserError(f"{what}: a {type(policy).__name__} samples and learns different things")
+        name = type(policy).__name__
+        raise UserError(f"{what}: what a {name} samples is not what it would learn from")
     if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
         causes = "a cache that rounds, MoE routing that flips; try --dtype float32"
         run.warn("sampler", f"{what}. Usual causes: {causes}")
@@ -969,7 +984,7 @@ def warn_if_unhealthy(run):
         (missed, "target", f"KL {row['kl']:.1f}, far above --kl-target for 10 iterations",
          "--lr too high; --kl-coef too small to start from; --kl-horizon too long"),
         (row["kl"] < -0.1 - 0.2 * row["kl_k3"], "negative", f"KL {row['kl']:.2f}, negative",
-         "text from another distribution than the one scored: a sampling setting, a second EOS"),
+         "a sampling setting changes the distribution; a second EOS id"),
         (unexplained, "critic", "explained variance below 0 for 10 iterations",
          "--critic-lr too high or too low; a reward that is noise given the prompt"),
         (row["skipped_steps"] > 0, "gradient", "a gradient was not finite, its step was skipped",

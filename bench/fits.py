@@ -13,6 +13,7 @@ itself, and what the allocator can't use because of fragmentation. Some room is 
 
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import tempfile
@@ -205,6 +206,7 @@ def computed(cfg, on_cuda=True):
         optimizer, _ = ppo.make_optimizer(cfg, policy, critic)
         run = SimpleNamespace(cfg=cfg, device=SimpleNamespace(type="cuda"), phase=ledger.phase)
         rows = [SimpleNamespace(prompt_ids=[3] * cfg.max_prompt_length)]
+        gc.collect()  # what loading has left
         ppo.dry_run(run, policy, ref_policy, critic, scorers, optimizer, None, rows)
         ledger.phase("end")
     models = [policy, ref_policy, critic, *(scorer.model for scorer in scorers)]

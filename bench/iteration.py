@@ -43,16 +43,16 @@ class Shape:
     prompt_length: int = 32
     response_length: int = 64
     minibatch_size: int = 64
-    microbatch_size: int = 16
+    microbatch_size: int | None = 16  # None: the dry run chooses it
     ppo_epochs: int = 4
 
 
 SHAPES = {  # T is L on summaries
     "cpu": Shape(),
-    "S": Shape("gpt2", 768, 12, 12, 12, 3072, 50257, True, 512, 64, 64, 512, 32),
-    "M": Shape("qwen2", 896, 24, 14, 2, 4864, 151936, True, 256, 128, 128, 256, 16),
-    "L": Shape("llama", 2048, 16, 32, 8, 8192, 128256, True, 128, 256, 256, 128, 8),
-    "T": Shape("llama", 2048, 16, 32, 8, 8192, 128256, True, 512, 512, 53, 512, 8),
+    "S": Shape("gpt2", 768, 12, 12, 12, 3072, 50257, True, 512, 64, 64, 512, None),
+    "M": Shape("qwen2", 896, 24, 14, 2, 4864, 151936, True, 256, 128, 128, 256, None),
+    "L": Shape("llama", 2048, 16, 32, 8, 8192, 128256, True, 128, 256, 256, 128, None),
+    "T": Shape("llama", 2048, 16, 32, 8, 8192, 128256, True, 512, 512, 53, 512, None),
 }
 
 
@@ -120,10 +120,12 @@ def run_ppo(shape, folder, iterations, flags):
         "prompts": folder / "prompts.jsonl", "eval-prompts": folder / "prompts.jsonl",
         "output": folder / "run", "iterations": iterations, "eval-every": iterations,
         "batch-size": shape.batch_size, "minibatch-size": shape.minibatch_size,
-        "microbatch-size": shape.microbatch_size, "max-prompt-length": shape.prompt_length,
+        "max-prompt-length": shape.prompt_length,
         "response-length": shape.response_length, "ppo-epochs": shape.ppo_epochs,
         "lr": 1e-5, "critic-lr": 1e-5, "missing-eos-penalty": 0,
     }
+    if shape.microbatch_size is not None:
+        given["microbatch-size"] = shape.microbatch_size
     command = [sys.executable, "-c", PROGRAM, "--overwrite"]
     for name, value in given.items():
         command += [f"--{name}", str(value)]

@@ -33,7 +33,7 @@ def run_trl(shape, folder, num_updates, device, args):
     if device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in environment:
         environment["CUDA_VISIBLE_DEVICES"] = str(device.index)  # else it takes all GPUs
     job = vars(shape) | {"is_cuda": device.type == "cuda", "num_updates": num_updates}
-    job["microbatch_size"] = args.peer_microbatch_size or shape.microbatch_size
+    job["microbatch_size"] = args.peer_microbatch_size or shape.microbatch_size or 32
     command = [sys.executable, __file__, "--trl", str(folder), json.dumps(job)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -93,7 +93,7 @@ def main(argv):
     parser = iteration.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=3, help="of runs, ours and TRL's in turn")
     parser.add_argument("--peer-dtype", choices=("bf16", "float32"), default="bf16")
-    parser.add_argument("--peer-microbatch-size", type=int, help="if not ours")
+    parser.add_argument("--peer-microbatch-size", type=int, help="TRL's, if not ours")
     args, shape, flags = iteration.parse(parser, argv)
     pairs = []
     with tempfile.TemporaryDirectory() as name:

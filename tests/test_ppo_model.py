@@ -356,7 +356,7 @@ def loaded(world, **changes):
     """(cfg, tokenizer, rows, models) as main has them before its loop."""
     prompts = [str(world / "prompts.jsonl")]
     files = dict(policy=str(world / "sft"), reward=[str(world / "reward_model")], prompts=prompts, eval_prompts=prompts)
-    cfg = ppo.Config(response_length=6, batch_size=16, **files, **changes)
+    cfg = ppo.Config(response_length=6, batch_size=16, microbatch_size=32, **files, **changes)
     tokenizer = common.load_tokenizer(cfg.policy)
     rows, _ = ppo.load_prompts(cfg, tokenizer)
     return cfg, tokenizer, rows, ppo.load_models(cfg, tokenizer, 64, torch.device("cpu"))

@@ -198,7 +198,8 @@ def measure(job):
     """Returns means over prompts x samples, for the report and the choice, and the run's log."""
     policy = job.get("policy", job["folder"])
     tokenizer, policy, ref_policy, scorers, judge = load(job, policy)
-    cfg = ppo.Config(response_length=job["world"].response_length, seed=job["seed"])
+    length = job["world"].response_length
+    cfg = ppo.Config(response_length=length, seed=job["seed"], microbatch_size=32)
     result = {}
     for name in ("heldout", "choice"):
         rows = [row for row in prompt_rows(job, name, tokenizer) for _ in range(NUM_SAMPLES)]
