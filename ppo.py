@@ -596,7 +596,7 @@ def check_config(cfg):
     """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
     if flags do not fit together.
     """
-    if len({os.path.realpath(spec) for spec in cfg.reward}) < len(cfg.reward):
+    if len({os.path.normpath(spec) for spec in cfg.reward}) < len(cfg.reward):
         raise UserError("--reward names the same reward twice; it would count twice")
     if cfg.reward_device and cfg.lora_rank is not None:
         raise UserError("--reward-device can't be used with --lora-rank, which shares weights")
