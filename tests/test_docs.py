@@ -34,6 +34,9 @@ CHINESE = [page for page in PAGES if ".zh-CN" in page]
 MORE_SOURCES = {  # English pages that a Chinese page draws on besides its own English edition
     "docs/from_a_blog_post.zh-CN.md": ("examples/beside_ppo/README.md", "examples/forks/README.md"),
 }
+FROM_PICTURES = {  # numbers that only a Chinese page reads off a picture
+    "README.zh-CN.md": {"12"},  # the iteration at which hacking.png's orange true reward is highest
+}
 STAGES = {"sft.py": sft, "reward_model.py": reward_model, "ppo.py": ppo}
 BESIDE = {"dpo.py": dpo, "best_of_n.py": best_of_n}
 SCRIPTS = STAGES | {f"examples/beside_ppo/{name}": module for name, module in BESIDE.items()}
@@ -119,7 +122,8 @@ def test_a_chinese_page_has_the_code_of_the_english_one_and_no_number_link_name_
     sources = (original, *MORE_SOURCES.get(page, ()))
     assert blocks_of(page) == blocks_of(original)
     assert links_of(page) <= {original}.union(*map(links_of, sources))  # to the other edition
-    assert numbers_of(page) - set().union(*map(numbers_of, sources)) == set()
+    known = set().union(FROM_PICTURES.get(page, ()), *map(numbers_of, sources))
+    assert numbers_of(page) - known == set()
     assert names_of(page) <= set().union(*map(names_of, sources))
     english = " ".join(" ".join(PAGES[source].split()) for source in sources)
     flag = r"(?<![\w-])--[a-z][a-z-]*"
