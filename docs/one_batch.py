@@ -312,13 +312,13 @@ def new_figure(height):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        what = "one_batch.py needs the package matplotlib; pip install matplotlib"
-        raise UserError(what) from None
+        raise UserError("the pictures need matplotlib; pip install matplotlib") from None
     return Figure(figsize=(7, height), layout="constrained")
 
 
-def label_axes(axes, one):
+def label_axes(axes, one, what):
     """Puts the tokens below and the legend above, and faint lines in place of the frame."""
+    axes.set_ylabel(what)
     words = [token.strip() for token in one["tokens"]]
     look = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 9}
     axes.set_xticks(range(len(words)), words, parse_math=False, **look)
@@ -342,7 +342,8 @@ def draw_batch(record):
     axes.axvline(p, color=ORANGE)
     end, y, arrow = p + len(batch["values"][row]), row + 0.5, {"arrowstyle": "->"}
     axes.annotate(f"row {row}", (end, y), (end + 6, y), va="center", arrowprops=arrow)
-    axes.set(xlabel="column, P + R", ylabel="row of B")
+    key = "white: padding; light grey: prompt; dark grey: response; black: its EOS"
+    axes.set(xlabel="column of the P + R tokens", ylabel="row of the B responses", title=key)
     return axes.figure
 
 
@@ -355,11 +356,12 @@ def draw_advantages(record):
     upper.plot(ts, one["returns"], "s--", color=ORANGE, markersize=4, label="G = A + V")
     upper.plot(ts, one["values"], "o-", color=BLUE, markersize=4, label="V")
     upper.vlines(ts, one["values"], one["returns"], color="0.6", linewidth=1, label="A")
-    lower.bar(ts, one["deltas"], color=GREY, edgecolor="0.5", hatch="..", label="δ")
+    lower.bar(ts, one["deltas"], color=GREY, edgecolor="0.5", hatch="..", label="δ, one step")
     lower.plot(ts, one["advantages"], "D-", color=INK, markersize=4, label="A")
     lower.axhline(0, color=INK, linewidth=0.8)
-    label_axes(upper, one)
-    label_axes(lower, one)
+    label_axes(upper, one, "reward to come")
+    label_axes(lower, one, "advantage")
+    lower.set_xlabel("token of the response; V is predicted before it")
     return figure
 
 
@@ -375,11 +377,10 @@ def draw_ratios(record):
         axes.plot([t] * (len(ratios) + 1), [1.0, *ratios], ".-", color=colour, markersize=5)
         mark = "X" if is_cut(ratios[-1], advantage, eps) else "o"
         axes.plot(t, ratios[-1], mark, color=colour, markersize=8)
-    for colour, name in ((ORANGE, "A above 0"), (BLUE, "A below 0")):
-        axes.plot([], [], "o", color=colour, label=name)
-    axes.plot([], [], "X", color=INK, label="cut")
-    axes.set_ylabel("ρ")
-    label_axes(axes, one)
+    for colour, mark, name in ((ORANGE, "o", "A > 0"), (BLUE, "o", "A < 0"), (INK, "X", "cut")):
+        axes.plot([], [], mark, color=colour, label=name)
+    label_axes(axes, one, "ratio ρ, after each epoch")
+    axes.set_xlabel("token of the response")
     return axes.figure
 
 
