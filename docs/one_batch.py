@@ -265,7 +265,7 @@ def numbers_of_response(record):
         "lowest_advantage": min(one["advantages"]), "highest_advantage": max(one["advantages"]),
         "reaching_first": (settings["gamma"] * settings["lam"]) ** last, "a_pushed": num_pushed,
         "a_t": a, "a_token": words[a], "a_old": a_old, "a_new": a_new, "a_ratio": a_new / a_old,
-        "r_cut": sum(is_cut(x, a, eps) for x, a in zip(last_ratios, one["whitened"])),
+        "r_cut": sum(is_cut(ratio, w, eps) for ratio, w in zip(last_ratios, one["whitened"])),
     }
     names = ("logprobs", "rewards", "values", "deltas", "advantages", "returns", "whitened")
     for name in names:
