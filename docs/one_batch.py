@@ -219,6 +219,7 @@ def numbers_of_batch(record):
         "shortest_prompt": min(prompts), "longest_prompt": max(prompts),
         "prompt_tokens": prompts[row], "prompt_pads": p - prompts[row],
         "num_ended": num_finished, "num_cut": len(lengths) - num_finished,
+        "mean_length": statistics.mean(lengths),
         "kl_error": statistics.pstdev(summed) / math.sqrt(len(summed)),
         "kl_per_token": statistics.mean(token_kl),
         "negative_tokens": statistics.mean(x < 0 for x in token_kl),
@@ -246,6 +247,7 @@ def numbers_of_response(record):
     eps = settings["clip_eps"]
     num_pushed = sum(not is_cut(ratio, one["whitened"][a], eps) for ratio in ratios)
     a_old, a_new = math.exp(one["logprobs"][a]), math.exp(one["new_logprobs"][-1][a])
+    last_ratios = [math.exp(x) for x in differences(one["new_logprobs"][-1], one["logprobs"])]
     numbers = {
         "row": one["row"], "prompt": one["prompt"], "text": one["text"].strip(), "T": last + 1,
         "t_last": last, "t_before": last - 1, "r_score": one["score"], "r_true": one["true_reward"],
@@ -263,6 +265,7 @@ def numbers_of_response(record):
         "lowest_advantage": min(one["advantages"]), "highest_advantage": max(one["advantages"]),
         "reaching_first": (settings["gamma"] * settings["lam"]) ** last, "a_pushed": num_pushed,
         "a_t": a, "a_token": words[a], "a_old": a_old, "a_new": a_new, "a_ratio": a_new / a_old,
+        "r_cut": sum(is_cut(ratio, w, eps) for ratio, w in zip(last_ratios, one["whitened"])),
     }
     names = ("logprobs", "rewards", "values", "deltas", "advantages", "returns", "whitened")
     for name in names:
@@ -277,17 +280,26 @@ def numbers_of_response(record):
 
 
 def numbers_of_epochs(record):
-    """Returns the ratios of all tokens after each epoch as a table, and two numbers of the last."""
+    """Returns the ratios of all tokens after each epoch as a table, and of the last one approx_kl,
+    how many tokens are cut, and the shares of approx_kl that the extremes and the cut tokens have.
+    """
     batch, eps, rows = record["batch"], record["settings"]["clip_eps"], []
     for epoch, new_logprobs in enumerate(batch["new_logprobs"], 1):
         log_ratios = differences(flat(new_logprobs), flat(batch["logprobs"]))
         ratios = [math.exp(x) for x in log_ratios]
-        kl = statistics.mean(ratio - 1 - x for ratio, x in zip(ratios, log_ratios))
+        terms = [ratio - 1 - x for ratio, x in zip(ratios, log_ratios)]  # k3, of approx_kl
+        kl = statistics.mean(terms)
         outside = statistics.mean(abs(ratio - 1) > eps for ratio in ratios)
-        cut = statistics.mean(is_cut(x, a, eps) for x, a in zip(ratios, flat(batch["whitened"])))
+        are_cut = [is_cut(x, a, eps) for x, a in zip(ratios, flat(batch["whitened"]))]
+        cut = statistics.mean(are_cut)
         extremes = [f"{min(ratios):.4f}", f"{max(ratios):.2f}"]
         rows.append([f"{epoch}", f"{kl:.4f}", *extremes, f"{outside:.1%}", f"{cut:.1%}"])
-    return {"last_approx_kl": kl, "last_cut": cut, "rows_of_epochs": table(rows)}
+    return {
+        "last_approx_kl": kl, "last_cut": cut, "rows_of_epochs": table(rows),
+        "lowest_share": terms[ratios.index(min(ratios))] / sum(terms),
+        "highest_share": terms[ratios.index(max(ratios))] / sum(terms),
+        "cut_share": sum(term for term, is_one in zip(terms, are_cut) if is_one) / sum(terms),
+    }
 
 
 def show(number, form):

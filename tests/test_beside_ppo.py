@@ -359,9 +359,21 @@ def test_the_table_has_the_chosen_coefficient_with_its_spread():
         "PPO | `--kl-coef 0.1` | 1.81 ± 0.06 | 3.23 ± 0.25 | 1.08 ± 0.08 | 0.50 ± 0.00 | 30 | 0.50 | 3",
         "best of n | n = 4 | 1.50 ± 0.00 | at most 0.64 | 0.50 ± 0.00 |  |  |  | 2",
         "PPO | `--kl-coef 0.3` | 1.26 ± 0.02 | 1.05 ± 0.07 | 0.35 ± 0.02 | 0.50 ± 0.00 | 2",
+        "PPO | `--kl-coef 0.1` | 1.81 ± 0.09 | 3.25 ± 0.35 | 1.08 ± 0.12 | 0.50 ± 0.00 | 2",  # without seed 2
     ):
         assert f"| {line} |" in lines
     assert compare.spread([1.5]) == "1.50"  # one value has no spread
+
+
+def test_the_cost_of_the_run_that_the_readme_names_is_on_the_page_and_in_the_results():
+    path = ROOT / "docs" / "results" / "beside_ppo_stories.json"
+    run = json.loads(path.read_text(encoding="utf-8"))["methods"]["PPO"]["runs"]["0.15"]["0"]
+    seconds, memory = f"{run['cpu_seconds']:.0f} CPU seconds", f"{run['peak_memory_gb']:.2f} GB"
+    assert f"with `--kl-coef 0.15` took {seconds} and {memory}" in " ".join(PAGE.split())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| {seconds} | {memory} |" in readme
+    reached = [f"{run['heldout'][key]:.2f}" for key in ("true_reward", "kl")]
+    assert f"to {reached[0]} at a KL of {reached[1]} nats" in readme
 
 
 @pytest.mark.parametrize("name", ["beside_ppo", "beside_ppo_stories"])

@@ -162,11 +162,35 @@ def test_numbers_of_the_page_are_those_computed_by_hand_from_the_record():
     }
     for name, value in by_hand.items():
         assert PAGE[name] == pytest.approx(float(value), rel=1e-3, abs=1e-6), name
+    lengths, old = [len(row) for row in BATCH["values"]], flat(BATCH["logprobs"])
+    log_ratio = flat(BATCH["new_logprobs"][-1]) - old
+    ratio = log_ratio.exp()
+    k3 = (ratio - 1 - log_ratio) / (ratio - 1 - log_ratio).sum()  # shares of approx_kl
+    cut = torch.where(white > 0, ratio > 1 + EPS, ratio < 1 - EPS)
+    shares = {"highest": k3[ratio.argmax()], "lowest": k3[ratio.argmin()], "cut": k3[cut].sum()}
+    for name, share in shares.items():
+        assert PAGE[f"{name}_share"] == pytest.approx(share.item(), abs=1e-3), name
+    assert PAGE["mean_length"] == pytest.approx(sum(lengths) / len(lengths)) and PAGE["T"] > PAGE["mean_length"]
+    assert PAGE["r_cut"] == cut.split(lengths)[ONE["row"]].sum() and PAGE["r_cut"] / PAGE["T"] > PAGE["last_cut"]
     assert PAGE["delta_token"] in ANIMALS and PAGE["delta_token"] not in ONE["prompt"]
     log = flat([row[PAGE["a_t"]]] for row in [ONE["logprobs"], *ONE["new_logprobs"]])
     own = [ONE["row"] in rows for rows in BATCH["minibatches"]]
     outside = (log[:-1][own] - log[0]).exp() > 1 + EPS  # as its own steps began; its A is above 0
     assert PAGE["a_pushed"] == EPOCHS - outside.sum() and 0 < outside.sum() < len(outside)
+
+
+def test_the_page_for_readers_of_blog_posts_says_of_extreme_ratios_what_the_record_says():
+    page = " ".join((ROOT / "docs" / "from_a_blog_post.md").read_text(encoding="utf-8").split())
+    old, white = flat(BATCH["logprobs"]), flat(BATCH["whitened"])
+    ratios = [(flat(rows) - old).exp() for rows in BATCH["new_logprobs"]]
+    low, high = ratios[-1].argmin(), ratios[-1].argmax()
+    assert white[low] < 0 < white[high] and f"each of the {len(ratios)} epochs both were cut" in page
+    assert all(ratio[low] < 1 - EPS and ratio[high] > 1 + EPS for ratio in ratios)
+    low_name, high_name = f"{ratios[-1][low]:.4f}", f"{int(ratios[-1][high])}"
+    assert f"Is a ratio of {low_name} or {high_name} on one token" in page
+    shares = [f"{PAGE[name]:.0%}".replace("%", " %") for name in ("highest_share", "lowest_share", "cut_share")]
+    assert f"the token at {high_name} alone makes up {shares[0]} of it, the one at {low_name} {shares[1]}" in page
+    assert f"({PAGE['last_cut'] * 100:.1f} % of the tokens) {shares[2]}" in page
 
 
 # === The script ===================================================================================

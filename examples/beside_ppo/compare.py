@@ -401,25 +401,32 @@ def table(result):
     return markdown([*HEADS, "CPU seconds", "GB", "seeds"], rows)
 
 
+def first_two(by_seed):
+    """Returns the values of seeds 0 and 1, the only ones that ran every coefficient."""
+    return [value for seed, value in by_seed.items() if int(seed) < 2]
+
+
 def sweep_table(result):
-    """Returns Markdown: a row per method and coefficient, over the seeds that ran it."""
+    """Returns Markdown: a row per method and coefficient, all over the same seeds, 0 and 1."""
     rows = []
     for name, method in result["methods"].items():
-        for c, runs in method["runs"].items():
-            what = f"`{method['flag']} {c}`"
-            rows.append([name, what, *numbers(runs.values()), str(len(runs))])
+        for c, by_seed in method["runs"].items():
+            what, runs = f"`{method['flag']} {c}`", first_two(by_seed)
+            rows.append([name, what, *numbers(runs), str(len(runs))])
     return markdown([*HEADS, "seeds"], rows)
 
 
 def draw(result, path):
-    """Draws true reward by coefficient and along training, and the score, against the KL."""
+    """Draws true reward by coefficient and along training, and the score, against the KL, all over
+    seeds 0 and 1.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (sweep, along, proxy) = pyplot.subplots(3, 1, figsize=(9, 15))
-    best = list(zip(*result["best_of_n"].values()))  # the seeds' rows, for each n
+    best = list(zip(*first_two(result["best_of_n"])))  # the seeds' rows, for each n
     for axes, key, title in (
         (sweep, "true_reward", "true reward, by coefficient"),
         (along, "true_reward", "true reward along training, smallest coefficient"),
@@ -433,13 +440,14 @@ def draw(result, path):
         axes.grid(alpha=0.3)
     for number, (name, method) in enumerate(result["methods"].items()):
         style = {"color": f"C{number}", "marker": "osD^vPX*"[number % 8], "lw": 1, "label": name}
-        points = [[run["heldout"] for run in runs.values()] for runs in method["runs"].values()]
+        by_coefficient = [first_two(by_seed) for by_seed in method["runs"].values()]
+        points = [[run["heldout"] for run in runs] for runs in by_coefficient]
         points.sort(key=lambda rows: mean_of(rows, "kl"))
         kls = [mean_of(rows, "kl") for rows in points]
         sweep.plot(kls, [mean_of(rows, "true_reward") for rows in points], **style)
         if method["flag"] != "--beta":  # DPO and its kin do not train on the score
             proxy.plot(kls, [mean_of(rows, "score") for rows in points], **style)
-        for run in list(method["runs"].values())[0].values():  # of the smallest coefficient
+        for run in by_coefficient[0]:  # of the smallest coefficient
             kls = [row["kl"] for row in run["curve"]]
             along.plot(kls, [row["true_reward"] for row in run["curve"]], **style | {"ms": 3})
     sweep.legend(fontsize=8)
