@@ -172,6 +172,7 @@ def computed(cfg, on_cuda=True):
 
     def sample_responses(policy, tokenizer, prompt_rows, response_length, temperature, generator):
         """The first and the last step. None between them takes more."""
+        policy.eval()  # with gradient checkpointing the layers would keep no cache
         tokens = torch.ones(len(prompt_rows), cfg.max_prompt_length + response_length).long()
         mask, prompts = tokens.bool(), tokens[:, :-response_length]
         common.generate_responses(policy, prompts, mask[:, :-response_length], 1, temperature)

@@ -384,3 +384,12 @@ def test_the_tables_of_the_page_are_those_of_the_results_and_the_picture_is_draw
     pytest.importorskip("matplotlib")
     compare.draw(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_what_the_page_says_of_minibatches_on_the_story_model_is_in_the_results():
+    runs = json.loads((ROOT / "docs" / "results" / "minibatches_stories.json").read_text())["runs"]
+    small, large = runs["--minibatch-size 16"], runs["--minibatch-size 32"]
+    for key in ("true_reward", "kl"):
+        gains = [small[seed]["heldout"][key] - large[seed]["heldout"][key] for seed in large]
+        assert f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}" in PAGE
+    assert len(large) == len(small) == 3

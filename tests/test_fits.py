@@ -39,6 +39,8 @@ def test_weights_gradients_moments_and_cache_are_those_counted_by_hand(tmp_path)
     assert parts["gradients"] == 4 * TRAINED and parts["Adam's moments"] == 8 * TRAINED
     one = 4 * 2 * 15 * 8 * 2  # rows, heads, tokens, width, bytes: keys or values of a layer
     assert parts["key-value cache"] == 4 * (-(-one // 512) * 512)
+    checkpointing, _ = fits.computed(config(tmp_path, "--gradient-checkpointing"))
+    assert checkpointing["key-value cache"] == parts["key-value cache"]  # a rollout has it all the same
     stays = parts["weights"] + parts["Adam's moments"]
     assert {*phases} == {"optimizer step", "rollout", "score", "log-probabilities", "backward"}
     assert min(phases.values()) > stays and phases["backward"] > stays + parts["activations"]
