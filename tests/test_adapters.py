@@ -299,7 +299,7 @@ def test_an_adapter_folder_goes_into_every_stage_and_the_reference_is_the_merged
         if stage == "ppo":
             rows = read_rows(tmp_path / name / "metrics.jsonl")
             assert rows[0]["kl"] == rows[1]["kl"] == 0 and rows[1]["ratio_first"] == 1
-            assert load(tmp_path / name / "critic", is_scalar=True).score.weight.any()
+            assert common.load_classifier(str(tmp_path / name / "critic"))[0].score.weight.any()
     head = safetensors.torch.load_file(scalar / "adapter_model.safetensors")
     loaded, _ = common.load_classifier(str(scalar))
     assert torch.equal(loaded.score.weight, head["base_model.model.score.weight"])

@@ -131,7 +131,7 @@ BAD_FLAGS = """
 --prompts a.jsonl a.jsonl | a.jsonl is given twice
 --response-length 500 | do not fit | 128 positions | --response-length
 --kl-target 3 --kl-coef 0 | --kl-target | --kl-coef above 0
---kl-target 3 --kl-horizon 4 | --kl-horizon is 4 | at least 8
+--kl-target 3 --kl-horizon 4 | --kl-horizon is 4 | at least --batch-size
 --kl-horizon 300 | --kl-horizon | needs a --kl-target
 --reward a.py:f a.py:f | --reward names | twice
 --reward-device cpu --lora-rank 2 | --reward-device | --lora-rank
