@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error):
-    """Returns whether a GPU, one of its libraries or the machine has no memory left."""
+    """Returns whether an error says that GPU or machine memory ran out."""
     if isinstance(error, UserError):
         return False
     is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -37,7 +37,7 @@ def is_out_of_memory(error):
 
 
 def explain(error, what):
-    """Raises UserError with an error's text on one line, or the error itself if memory ran out."""
+    """Raises UserError with an error's text on one line; a UserError or lack of memory as it is."""
     if is_out_of_memory(error) or isinstance(error, UserError):
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
@@ -80,8 +80,8 @@ def autocast(model):
 
 
 def forward(model, tokens, attention_mask, **options):
-    """Returns the model's output for tokens (B, T), with positions that skip the padding: left to
-    itself, a model counts it on the left, too, and reads another text.
+    """Returns the model's output for tokens (B, T). Positions skip the padding: by itself, a model
+    would count padding on the left, too, and read another text.
     """
     with autocast(model):
         return model(
@@ -102,7 +102,7 @@ def check_model(model):
     tokens = torch.arange(3, 67, device=model.device).view(2, 32)
     tokens %= model.get_input_embeddings().num_embeddings
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[1, :9] = False  # not the pad token stands there, whose embedding may be 0
+    mask[1, :9] = False  # no pad token is put there: its embedding may be 0
     try:
         whole = forward(trunk, tokens, mask)[key].float()
         again = forward(trunk, tokens, mask)[key].float()
@@ -142,7 +142,7 @@ def total(tensor):
 # === Padding and batches ==========================================================================
 def pad(sequences, pad_id, side):
     """Returns lists of token ids as tokens (B, T) int64 and attention_mask (B, T) bool. Padding on
-    the 'left' lets all responses start in one column; with mask and positions, no side is wrong.
+    the 'left' lets all responses start in one column; mask and positions make either side right.
     """
     rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
     ones = [torch.ones(len(ids), dtype=torch.bool) for ids in sequences]
@@ -206,9 +206,8 @@ def load_tokenizer(path, made_by=None, trust_remote_code=False, chat_template_kw
 
 
 def give_pad_token(tokenizer):
-    """Gives a reward model's tokenizer a pad token that is no EOS: with pad = EOS, transformers'
-    sequence classification would read the token before the EOS. An unused token serves, or a new
-    one.
+    """Gives a reward model's tokenizer a pad token other than its EOS, an unused one or a new one:
+    with pad = EOS, transformers' sequence classification reads the token before the EOS.
     """
     names = []
     for token in tokenizer.added_tokens_decoder.values():
@@ -240,7 +239,7 @@ def set_template_arguments(tokenizer, text):
     tokenizer.chat_template = templates.get("", templates)
 
 
-notes = collections.Counter()  # {what `encode` met that should be known: number of examples}
+notes = collections.Counter()  # {what `encode` met that the user should know: how often}
 
 
 def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=False):
@@ -309,9 +308,9 @@ def token_ids(tokenizer, text):  # without special tokens
 
 
 def ids_after(tokenizer, opening, first, text):
-    """Returns the ids of `text` after `opening`, whose own ids are `first`. Where a token of both
-    would cross the border, `text` is tokenized after an anchor that keeps its tokens apart (alone
-    it might get a space in front), such that prompt and response still decode to the same text.
+    """Returns the ids of `text` after `opening`, whose own ids are `first`. If a token would
+    span both, `text` is tokenized after an anchor that no token joins to it (alone it might get a
+    space in front), so that prompt and response still decode to the same text.
     """
     both = token_ids(tokenizer, opening + text)
     if both[: len(first)] == first:
@@ -351,7 +350,8 @@ def render_response(tokenizer, prompt, response, tools, may_drop):
     text = whole[len(opening) :]
     thought = re.search(r"[<\[](think(?:ing)?)[>\]]\s*\Z", opening[-40:], re.IGNORECASE)
     is_open = thought and not may_drop and f"/{thought[1]}" not in text
-    if not whole.startswith(opening) or is_open or thought and text.lstrip().startswith(thought[0]):
+    is_doubled = thought and text.lstrip().startswith(thought[0].rstrip())
+    if not whole.startswith(opening) or is_open or is_doubled:
         place = max(0, len(os.path.commonprefix([opening, whole])) - 12)
         raise ValueError(
             "does not fit the chat template: the chat with its reply does not continue the prompt "
@@ -382,7 +382,9 @@ def lost_words(text, message):
     rendered = re.sub(tags, "", text)
     for part in parts:
         if isinstance(part, str) and re.sub(tags, "", part) not in rendered:
-            return part
+            as_json = json.dumps(part, ensure_ascii=False)[1:-1]  # of the arguments of a call
+            if re.sub(tags, "", as_json) not in rendered:
+                return part
     return ""
 
 
@@ -414,7 +416,7 @@ def load(auto_class, path, made_by=None, **options):
         if "trust_remote_code=True" in str(error):
             error = ValueError("it brings code of its own; see --trust-remote-code")
         is_model = auto_class not in (AutoTokenizer, AutoConfig)
-        remedy = " (weights must be safetensors; pickled ones are never read)" if is_model else ""
+        remedy = " (of weights, only safetensors are read)" if is_model else ""
         explain(error, f"{path} can't be loaded{remedy}")
 
 
@@ -504,7 +506,7 @@ def load_classifier(path, made_by=None, **options):
 
 
 def load_scalar_model(path, tokenizer, made_by=None, **options):
-    """Returns (a decoder that scores each token, in float32, without dropout; is its head new?).
+    """Returns (a decoder with a score head, in float32, without dropout; whether the head is new).
     From the folder of a causal LM it is that trunk with an untrained head.
     """
     model, missing = load_classifier(path, made_by, **options)
@@ -580,7 +582,7 @@ def merge_adapter(model, path):
         held = {*safetensors.torch.load_file(os.path.join(path, "adapter_model.safetensors"))}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         config = peft.PeftConfig.from_pretrained(path)
-        config.task_type = None  # its class would call a causal LM's methods of a scalar model
+        config.task_type = None  # else peft would call methods that only a causal LM has
         adapted = peft.PeftModel.from_pretrained(model, path, config=config, torch_device="cpu")
         is_same = (head, embedding) == (model.get_output_embeddings(), model.get_input_embeddings())
         if head is not None and head.weight is embedding.weight and not is_same:
@@ -663,11 +665,13 @@ def save_model(model, folder):
         merged = {}
         for name, weight in model.state_dict().items():
             layer = name.removesuffix(".base_layer.weight")
+            # What has not changed stays where it is: it may be tied, and is then saved once.
+            is_changed = layer != name or weight.dtype == torch.bfloat16
             weight = weight.float() if weight.dtype == torch.bfloat16 else weight
             if layer != name:
                 weight = weight + model.get_submodule(layer).get_delta_weight("default")
             if ".lora_" not in name:
-                merged[name.replace(".base_layer.", ".")] = weight.cpu()
+                merged[name.replace(".base_layer.", ".")] = weight.cpu() if is_changed else weight
         model.save_pretrained(folder, state_dict=merged)
         model.peft_config["default"].save_pretrained(folder / "adapter")
         adapter = {}
@@ -686,7 +690,7 @@ def score_scale(config):
 
 def token_scores(model, tokens, attention_mask):
     """Returns the scalar model's score of the text up to each token, (B, T) float32, normalized by
-    `score_scale`: reference completions have mean 0 and standard deviation 1.
+    `score_scale`: training responses have mean 0 and standard deviation 1.
     """
     hidden = forward(model.base_model, tokens, attention_mask).last_hidden_state  # (B, T, width)
     scores = model.score(hidden.float()).squeeze(-1)  # in float32: bf16 keeps 3 digits of a score
@@ -734,8 +738,8 @@ def sample_tokens(logits, temperature, uniform):
 
 
 class GrowingCache(DynamicCache):
-    """The key-value cache, with keys in the dtype of the values: autocast leaves rotated ones in
-    float32, and they would be cast and moved again for each token.
+    """A key-value cache that stores keys in the dtype of the values: autocast leaves rotated keys
+    in float32, and all of them would be cast again for each token.
     """
 
     def update(self, keys, values, *args, **kwargs):
@@ -784,7 +788,7 @@ def generate_responses(model, prompts, prompt_mask, response_length, temperature
     for module in checkpointing:
         module.training = True
     is_eos = torch.isin(total(response), eos_ids).long()
-    num_columns = (is_eos.cumsum(1) == is_eos).any(0).sum()  # R: not all had finished before
+    num_columns = (is_eos.cumsum(1) == is_eos).any(0).sum()  # R: the longest response
     if not total(logprobs).isfinite().all():
         raise UserError("sampling failed: the logits are not finite; lower --lr, see the weights")
     return response[:, :num_columns], logprobs[:, :num_columns]

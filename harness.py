@@ -95,6 +95,10 @@ class RunConfig:
                     raise UserError(f"{flag_of(name)} is {value}; it must be {rule}")
 
 
+def stage_name():  # ppo for ppo.py
+    return pathlib.Path(sys.argv[0]).stem
+
+
 def flag_of(name):  # --max-grad-norm for max_grad_norm
     return "--" + name.replace("_", "-")
 
@@ -117,9 +121,10 @@ def parse_args(config_class, description, argv=None):
         namespace, unknown = parser.parse_known_args(given)
         if getattr(namespace, "resume", False):
             saved = read_args(namespace.output)
+            stage = saved.pop("stage", stage_name())  # of the script that wrote it
             for name in ("written", "finished", "output", "resume", "overwrite"):
                 saved.pop(name, None)
-            if saved.keys() - vars(namespace).keys():
+            if stage != stage_name() or saved.keys() - vars(namespace).keys():
                 raise UserError(f"{namespace.output} holds a run of another stage or version")
             parser.set_defaults(**saved)
             namespace, unknown = parser.parse_known_args(given)
@@ -227,7 +232,7 @@ def read_rows(paths, formats):
 
 
 def parse_row(line, formats):
-    """Returns the Row of one line; the message of its ValueError goes on from "line 3 ..."."""
+    """Returns the Row of one line. A ValueError's text is to follow "FILE line 3"."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is not text
@@ -291,8 +296,8 @@ def report_overlap(rows, held_out, prompt_of):
 
 
 def convert(rows, encode, name=None):
-    """Returns the examples that `encode` makes of all rows; prints how many, and why not more.
-    `encode(row)` yields examples, or a string: why one is dropped. Its ValueError follows a place.
+    """Returns the examples that `encode` makes of all rows; prints what was dropped, and why.
+    `encode(row)` yields examples, or why one is dropped. Its ValueError gets file and line.
     """
     made = []
     common.notes.clear()
@@ -386,7 +391,7 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
-def remove_checkpoint(path):  # under another name first: a kill leaves no half of one
+def remove_checkpoint(path):  # renamed first: a kill leaves no broken checkpoint
     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
 
 
@@ -418,9 +423,9 @@ LOCK = "run.lock"  # in OUTPUT while a run writes to it
 current = {"phase": "loading", "lock": None, "signals": ()}
 
 
-# A pool that a reward function forks ends its workers by SIGTERM. One that has just been forked has
-# the run's handler, and Python drops a signal that comes before it can call it: the pool would wait
-# for ever. So the signal waits while a worker is forked, and then has its default action there.
+# A pool in a reward function ends its forked workers by SIGTERM. A new worker still has the run's
+# handler, and Python loses a signal that comes before the handler can run: the pool would wait for
+# ever. So SIGTERM is blocked during a fork and has its default action in the worker.
 def before_fork():
     signal.pthread_sigmask(signal.SIG_BLOCK, current["signals"])
 
@@ -503,7 +508,7 @@ class Run:
                 self.inputs[f"{flag_of(name)} {value}"] = checksum(value)
 
     def claim(self):
-        """Locks OUTPUT, and refuses a folder that holds something else, or a run not to touch."""
+        """Locks OUTPUT. It must be new, or hold a run and --resume or --overwrite be given."""
         output = f"--output {self.cfg.output}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -523,7 +528,7 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
 
     def read_state(self, saved, may_change):
-        """Returns the newest state, or {}; refuses flags and inputs that differ and must not."""
+        """Returns the newest state, or {}. Refuses changed inputs, and flags that may not be."""
         for name, value in vars(self.cfg).items():
             began = saved.get(name, value)
             if name not in may_change and began != value:
@@ -546,7 +551,7 @@ class Run:
         return state
 
     def restore(self, tokenizer, models, optimizer, schedule):
-        """Registers what a checkpoint holds, puts a saved state back into it, and opens the logs.
+        """Registers what to save, loads a resumed run's state into it, and opens the logs.
         `models` is {name: model}. Nothing is written before this.
         """
         self.tokenizer = tokenizer
@@ -591,6 +596,7 @@ class Run:
 
     def write_args(self, names, is_finished):  # whole or not at all
         args = dataclasses.asdict(self.cfg) | {"written": names, "finished": is_finished}
+        args["stage"] = stage_name()
         partial = self.folder / "args.partial"
         partial.write_text(json.dumps(args, indent=2), encoding="utf-8")
         flush(partial)
@@ -598,7 +604,7 @@ class Run:
 
     def steps(self, batches, num_steps):
         """Yields (step, batch) of all steps to do; the batches of steps done are drawn and skipped.
-        Ctrl-C and SIGTERM finish the step, save and stop; a second signal stops at once.
+        Ctrl-C and SIGTERM finish the step, save and stop; the same signal again stops at once.
         """
 
         def ask_to_stop(number, frame):
@@ -614,7 +620,7 @@ class Run:
         self.num_steps = num_steps
         script = sys.argv[0]
         batches = itertools.islice(batches, self.done, num_steps)
-        self.bar = tqdm(batches, pathlib.Path(script).stem, num_steps, initial=self.done)
+        self.bar = tqdm(batches, stage_name(), num_steps, initial=self.done)
         try:
             for self.step, batch in enumerate(self.bar, self.done + 1):
                 self.seconds.clear()
@@ -643,7 +649,7 @@ class Run:
         return self.seconds
 
     def may_step(self, grad_norm):
-        """Returns whether the gradient's norm is finite. Three steps without one end the run."""
+        """Returns whether the gradient is finite; three in a row that are not end the run."""
         self.phase("optimizer step")
         is_finite = bool(torch.as_tensor(grad_norm).isfinite())
         self.num_skipped += not is_finite
@@ -715,7 +721,7 @@ class Run:
                 common.save_model(model, partial / name if i else partial)
             self.tokenizer.save_pretrained(partial)
             torch.save(state, partial / "state.pt")
-            mode = (partial / "state.pt").stat().st_mode  # as the umask has it; safetensors: 0600
+            mode = (partial / "state.pt").stat().st_mode  # by the umask; safetensors writes 0600
             for path in [*partial.rglob("*"), *logs]:
                 if path.is_file():
                     path.chmod(mode)
@@ -883,9 +889,10 @@ class Stream:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             with contextlib.suppress(ValueError, OSError):  # Python flushes once more at its exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                number = self.stream.fileno()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         return len(text)
 
     def flush(self):
@@ -928,7 +935,7 @@ def run_stage(main, config_class, description):
         if dist.is_initialized():
             dist.destroy_process_group()
         if lock := current["lock"]:
-            with contextlib.suppress(OSError):  # and of OUTPUT nothing stays if nothing was written
+            with contextlib.suppress(OSError):  # an OUTPUT without files goes, too
                 os.unlink(lock.lock_file)
                 os.rmdir(os.path.dirname(lock.lock_file))
             lock.release()

@@ -215,7 +215,7 @@ def score_responses(scorers, rollout, prompt_rows):
         scores.append(scorer(rollout.tokens, rollout.attention_mask, prompt_rows, rollout.texts))
         if not scores[-1].isfinite().all():
             what = "see its weights and --dtype, or the function"
-            raise UserError(f"{scorer.spec} gave a score that is not finite; {what}")
+            raise UserError(f"a score of {scorer.spec} is not finite; {what}")
     return torch.stack(scores)  # (S, B)
 
 

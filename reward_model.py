@@ -6,8 +6,8 @@ Goal      maximize the likelihood of the preferences under the model of Bradley 
 (2) loss  L = - mean over the batch's pairs of  log sigma(s_chosen - s_rejected)
 (3) scale s <- (s - mean) / std, both over the training pairs' responses
 
-          Only differences enter (1), so the pairs do not determine where zero is, and the noise in
-          the labels alone determines what one unit is. (3) puts zero at the average response and
+          Only differences enter (1), so the pairs leave the zero open, and how noisy the labels are
+          sets the unit. (3) puts zero at the average response and
           makes the standard deviation the unit. Otherwise a KL coefficient or an EOS penalty would
           mean something else for each reward model. PPO reads mean and std from the model's config.
 
@@ -76,7 +76,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
 
 
-# Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
+# Learning rates by number of parameters: at a tiny model's rate, a large one forgets.
 LR_BY_SIZE = ((10e6, 1e-3), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
 FORMATS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]  # the keys of a row
 
@@ -151,7 +151,7 @@ def split_chats(chosen, rejected):
 
 
 def prompt_of(row):
-    """Returns what rows must not share if one is trained on and the other held out."""
+    """Returns a row's prompt; none may be both trained on and held out."""
     try:
         return preference(row)[0]
     except ValueError:  # `encode_row` refuses the row, with its place
@@ -255,7 +255,7 @@ def check_saved(run, model, tokenizer, eval_pairs, chosen, rejected, microbatch_
     )
     drift = max((new_chosen - chosen).abs().max(), (new_rejected - rejected).abs().max()).item()
     if not drift < 1e-3:
-        raise UserError(f"the saved model gives other scores, by up to {drift:.2g}: not kept")
+        raise UserError(f"the model in {folder} gives other scores, by up to {drift:.2g}")
     return drift
 
 
@@ -281,8 +281,8 @@ def main(cfg):
     model.config.reward_mean = 0.0  # raw scores until eq. 3
     model.config.reward_std = 1.0
     common.add_adapters(model, cfg.lora_rank, cfg.model)  # with --lora-rank
-    pad_id = tokenizer.pad_token_id  # EOS: a list
-    eos_ids = common.eos_token_ids(tokenizer, model)
+    pad_id = tokenizer.pad_token_id
+    eos_ids = common.eos_token_ids(tokenizer, model)  # a list
 
     def encode(row):
         return encode_row(row, tokenizer, eos_ids, cfg)

@@ -40,7 +40,7 @@ class FunctionScorer:
         copies = copy.deepcopy(rows)  # what it does to them stays its own
         signals = {signal.SIGINT} if hasattr(signal, "pthread_sigmask") else set()
         try:
-            if signals:  # programs that it starts do not see a Ctrl-C, whose failure would count
+            if signals:  # a Ctrl-C must not kill programs it starts: the call would fail
                 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             values = self.function([row["prompt"] for row in copies], list(responses), copies)
             if not isinstance(values, (str, dict, set, frozenset, torch.Tensor)):
@@ -59,7 +59,7 @@ class FunctionScorer:
             if signals:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         if scores.shape != zeros.shape:
-            raise UserError(f"{self.spec} returned {list(scores.shape)} numbers, not {len(rows)}")
+            raise UserError(f"{self.spec} returned shape {list(scores.shape)}, not [{len(rows)}]")
         for score, row, response in zip(scores, rows, responses):
             if not score.isfinite():
                 where = f"prompt {row['prompt']!r} and response {response!r}"
@@ -91,11 +91,11 @@ class TokenScorer:
 
 
 class TextScorer:
-    """A reward model with other tokens than the policy's: it reads decoded texts.
+    """A reward model with other tokens than the policy's: responses reach it as texts.
 
-    One that reward_model.py made reads the ids of `common.encode`. Another reads its own chat
-    template (a plain prompt becomes the user's message); without one, an encoder reads a pair of
-    texts, a decoder prompt, response and EOS. Truncated responses are read as if they had finished.
+    One made by reward_model.py reads the ids of `common.encode`. Another reads its own chat
+    template (a plain prompt becomes a user's message). Without a template, an encoder reads prompt
+    and response as a pair, a decoder as one text with EOS. Truncated responses look finished.
     """
 
     reads_tokens = False
@@ -128,7 +128,7 @@ class TextScorer:
         return {"input_ids": prompt_ids + response_ids}
 
     def fit(self, inputs):
-        """Returns inputs that fit: a prompt may lose its beginning, but for BOS or CLS."""
+        """Returns inputs that fit: of longer ones the first id (BOS or CLS) and the last ones."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0
         limit = self.tokenizer.model_max_length
         limit = min(limit, positions) if positions > 0 else limit  # XLNet has -1 for none
@@ -191,7 +191,7 @@ def load_scorer(spec, policy, tokenizer, microbatch_size, **options):
 
 
 def mean_and_std(scorer, scores):
-    """Returns the scale of a reward model from elsewhere, from its N scores of SFT's responses."""
+    """Returns (mean, std) of the N scores that a reward model gives to SFT's responses."""
     scores = torch.tensor(scores)
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     if not 1e-6 * max(1, abs(mean)) < std < math.inf:  # rounding alone

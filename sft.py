@@ -69,7 +69,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
 
 
-# Learning rates by number of parameters: what a tiny model learns from, a large one forgets from.
+# Learning rates by number of parameters: at a tiny model's rate, a large one forgets.
 LR_BY_SIZE = ((10e6, 3e-3), (1e9, 1e-5), (math.inf, 3e-6))  # (parameters below, learning rate)
 FORMATS = [("prompt", "completion"), ("messages",), ("text",)]  # the keys of a row
 
@@ -96,7 +96,7 @@ def row_dialogues(row):
     roles = [message["role"] for message in chat]  # system, user, assistant, tool
     turns = [i for i in range(first, len(chat)) if roles[i] == "assistant" != roles[i - 1]]
     if not turns:
-        raise ValueError("has a chat without a message of the assistant that answers something")
+        raise ValueError("has a chat in which the assistant answers nothing")
     if len(turns) < roles[len(prompt) :].count("assistant"):
         common.notes["with a message of the assistant that answers nothing and is not learned"] += 1
     return [(chat[:i], chat[i : i + 1]) for i in turns if is_learned(chat[i])]
@@ -112,7 +112,7 @@ def is_learned(message):
 
 
 def prompt_of(row):
-    """Returns what rows must not share if one is trained on and the other held out."""
+    """Returns a row's prompt; none may be both trained on and held out."""
     if "prompt" not in row and "messages" in row:
         return row["messages"][:-1]
     return row.get("prompt", row.get("text"))
@@ -224,8 +224,8 @@ def main(cfg):
         eval_rows = harness.read_rows(cfg.eval_data, FORMATS)
         harness.report_overlap(rows, eval_rows, prompt_of)  # prompts that both have
     model, tokenizer = load_model(cfg, rows)  # float32, no dropout
-    pad_id = tokenizer.pad_token_id  # EOS: a list
-    eos_ids = model.generation_config.eos_token_id
+    pad_id = tokenizer.pad_token_id
+    eos_ids = model.generation_config.eos_token_id  # a list
 
     def encode(row):
         return encode_row(row, tokenizer, eos_ids, cfg)

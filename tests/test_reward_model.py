@@ -108,4 +108,4 @@ def test_nothing_is_kept_of_a_model_that_gives_other_scores_when_loaded(world, t
 
     monkeypatch.setattr(common, "load_scalar_model", broken)
     status, _, err = run_stage(*flags(world, tmp_path / "rm"))
-    assert status == 2 and "not kept" in err and "config.json" not in os.listdir(tmp_path / "rm")
+    assert status == 2 and "gives other scores" in err and "config.json" not in os.listdir(tmp_path / "rm")

@@ -193,6 +193,12 @@ def test_calls_that_the_template_drops_are_lost_words_and_those_it_writes_are_th
                 assert not common.notes  # it is not "empty"
 
 
+def test_arguments_that_a_template_writes_as_json_are_not_lost():
+    call = {"function": {"name": "run", "arguments": {"code": 'print("é")\n'}}}
+    for text, lost in (('run {"code": "print(\\"é\\")\\n"}', False), ("run print", True)):
+        assert bool(common.lost_words(text, assistant("", tool_calls=[call]))) == lost
+
+
 @pytest.mark.parametrize("calls", ['[{"name": "f"}]', ["f"], [{"function": None}], {"name": "f"}])
 def test_calls_that_are_no_list_of_objects_are_refused_with_their_place(calls, tokenizer_of):
     with pytest.raises(ValueError, match="has tool_calls that are no list of objects"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import ppo
+import reward_model
 import rewards
 import sft
 
@@ -49,9 +50,9 @@ def test_a_text_beyond_a_foreign_reward_models_context_loses_its_prompts_beginni
 def test_the_folder_of_another_stage_is_not_resumed(world, tmp_path, run_stage):
     flags = ["--data", world / "sft.jsonl", "--eval-data", world / "sft.jsonl", "--epochs", 1]
     assert run_stage(sft, *flags, "--output", tmp_path / "out")[0] == 0
-    flags = ppo_flags(world, tmp_path / "out", "--resume")
-    status, _, err = run_stage(ppo, *flags)
-    assert status == 2 and "another stage or version" in err
+    for stage, more in (ppo, ppo_flags(world, tmp_path / "out")), (reward_model, ["--output", tmp_path / "out"]):
+        status, _, err = run_stage(stage, *more, "--resume")  # the flags of the first two have the same names
+        assert status == 2 and "another stage or version" in err
 
 
 def test_the_page_has_the_knobs_that_were_measured():
