@@ -416,7 +416,7 @@ def load(auto_class, path, made_by=None, **options):
         if "trust_remote_code=True" in str(error):
             error = ValueError("it brings code of its own; see --trust-remote-code")
         is_model = auto_class not in (AutoTokenizer, AutoConfig)
-        remedy = " (of weights, only safetensors are read)" if is_model else ""
+        remedy = " (weights must be safetensors; pickled ones are never read)" if is_model else ""
         explain(error, f"{path} can't be loaded{remedy}")
 
 

@@ -106,7 +106,7 @@ def test_each_turn_of_the_assistant_is_one_example_that_answers_the_chat_before_
     pair = reward_model.preference({"chosen": CHAT, "rejected": hm})
     assert pair == (CHAT[:2], CHAT[2:], hm[2:])
     for chat in (CHAT[:2], CHAT[2:3]):  # nobody answers; nothing is answered
-        with pytest.raises(ValueError, match="without a message of the assistant"):
+        with pytest.raises(ValueError, match="in which the assistant answers nothing"):
             sft.row_dialogues({"messages": chat})
 
 
