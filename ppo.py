@@ -20,8 +20,8 @@ Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi |
 
           V is the critic before the update, computed once per rollout, and 0 after the last token;
           V' is the critic now. A_t in (5) is whitened: mean 0 and standard deviation 1 over all
-          response tokens of the rollout. mean_t is over all response tokens of a minibatch, entropy
-          the mean of the policy's exact entropy there. Flags: beta --kl-coef, eps --clip-eps,
+          response tokens of the rollout. mean_t is over all response tokens of a minibatch; entropy
+          is the mean_t of the policy's exact entropy. Flags: beta --kl-coef, eps --clip-eps,
           eps_v --value-clip-eps, c1 --value-coef, c2 --entropy-coef, target --kl-target,
           horizon --kl-horizon, batch --batch-size.
 
@@ -105,15 +105,15 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
 
     policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
     reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
-    judge: str | None = arg(None, "file.py:function, the true reward: logged, never trained on")
-    prompts: list[str] | None = arg(None, "JSONL files of prompts; None: the toy task in data/")
+    judge: str | None = arg(None, "file.py:function, logged as true_reward, never trained on")
+    prompts: list[str] | None = arg(None, "JSONL files; None: the toy task in data/, with its judge")
     eval_prompts: list[str] | None = arg(None, "held-out prompts; None: up to 128 of --prompts")
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
     batch_size: Count = arg(128, "responses per iteration")
     samples_per_prompt: Count = arg(1, "responses per prompt; batch_size counts responses")
     max_prompt_length: Count = arg(512, "in tokens; longer prompts are dropped and counted")
-    response_length: Count = arg(64, "most tokens of a response; longer ones are truncated")
+    response_length: Count = arg(64, "maximum in tokens; longer responses are truncated")
     temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "divides the logits; 0.7 to 1")
 
     # beta trades score for distance from the reference. If the score rises while the texts get
@@ -160,7 +160,7 @@ def mask_through_first_eos(response, eos_ids):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response to each prompt. R is the longest response, at most --response-length."""
+    """One response to each prompt. R is the length of the longest response."""
 
     tokens: torch.Tensor  # (B, P+R) int64          prompt, then response
     attention_mask: torch.Tensor  # (B, P+R) bool   False on both paddings
@@ -287,7 +287,7 @@ def evaluate_tokens(policy, critic, ref_policy, rollout, temperature, microbatch
     results = torch.zeros(4, len(tokens), num_columns, device=tokens.device)
     everything = torch.arange(len(tokens))  # all B rows
     for rows, columns in common.parts_by_length(attention_mask, everything, microbatch_size):
-        # `columns` is a slice without what is padding in all of these rows, on either side.
+        # `columns` trims, on both sides, the columns that are padding in all of these rows.
         part, mask = tokens[rows, columns], attention_mask[rows, columns]
         width = columns.stop - prompt_length
         logprobs, values, entropies = forward_responses(
@@ -339,7 +339,7 @@ def gae(rewards, values, response_mask, gamma, lam):
     """Returns advantages and returns by eqs. 2 and 3, (B, R) each (Schulman et al. 2016).
 
     `values` were computed before the update, so returns are fixed targets in all epochs. No reward
-    follows the last token, so V is 0 there; a truncated response counts as ended (no bootstrap).
+    follows the last token, so V is 0 after it, for a truncated response, too (no bootstrap).
     With gamma = 1, lam = 1 gives A_t = r_t + r_{t+1} + ... - V_t, and lam = 0 gives delta_t.
     """
     rewards = torch.where(response_mask, rewards, 0.0)  # (B, R)
@@ -393,8 +393,8 @@ class Batch:
     returns: torch.Tensor  # (B, R) float32         not whitened
 
     def micro_batches(self, index, size):
-        """Yields the rows `index` as Batches of up to `size` rows of similar length, each without
-        the columns that are padding in all of its rows; under torchrun this process's share.
+        """Yields the rows `index` in Batches of up to `size` rows of similar length, without the
+        columns that are all padding; under torchrun, only this process's share.
         """
         prompt_length = self.tokens.shape[1] - self.response_mask.shape[1]
         for rows, columns in common.parts_by_length(self.attention_mask, index, size):
@@ -421,7 +421,7 @@ def minibatches(batch_size, minibatch_size, epochs, generator):
 
 # FORK: put another policy loss here.
 def policy_loss(ratio, advantages, clip_eps):
-    """Returns the loss of each token, eq. 5, in the shape of the inputs.
+    """Returns the loss of each token, minus the term of eq. 5, in the shape of the inputs.
 
     In the first minibatch of an update every ratio is 1 and the loss is -A, whose mean is about 0.
     The gradient is not 0: d ratio = ratio * d log pi, so this step is REINFORCE with the advantage
@@ -447,8 +447,8 @@ def value_loss(new_values, values, returns, value_clip_eps, advantage):
 
 @torch.no_grad()
 def add_statistics(sums, **terms):
-    """Adds a micro-batch's terms to the sums of its optimizer step, whose means over the steps are
-    logged. To log another number, add a keyword.
+    """Adds a micro-batch's terms to the sums of its optimizer step; the means of these sums over
+    all steps are logged. To log another number, add a keyword.
     """
     for name, term in terms.items():
         sums[name] = sums.get(name, 0.0) + term
@@ -456,7 +456,7 @@ def add_statistics(sums, **terms):
 
 # === Main loop: sections 1 to 6 in order ==========================================================
 def main(cfg):
-    cfg = check_config(cfg)  # or the embedded prompts and judge
+    cfg = check_config(cfg)  # adds the toy prompts if none are given
     run = harness.Run(cfg, MAY_CHANGE, can_be_extended=True)  # sets seeds, claims --output
     code = cfg.trust_remote_code  # allow models that ship their own Python code
     tokenizer = common.load_tokenizer(cfg.policy, "python sft.py", code, cfg.chat_template_kwargs)
@@ -468,7 +468,7 @@ def main(cfg):
     optimizer, schedule = make_optimizer(cfg, policy, critic)
     print_start(cfg, policy, ref_policy, critic, scorers, optimizer, len(rows), len(eval_rows))
     harness.print_tokens(tokenizer, policy, rows[0].prompt_ids)
-    cfg = dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, all_rows)  # CUDA
+    cfg = dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, all_rows)
     generator = run.own_generator()  # of sampling and minibatches, alike in all processes
     run.phase("evaluation")
     # Before `restore`, as these belong to the initial policy; a resumed run has kept them.
@@ -540,7 +540,7 @@ def main(cfg):
                 log_ratio = new_logprobs[counted] - micro.logprobs[counted]
                 ratio = torch.exp(log_ratio)  # eq. 4
                 policy_losses = policy_loss(ratio, micro.advantages[counted], cfg.clip_eps)  # eq. 5
-                trained = micro.value_mask.nonzero(as_tuple=True)  # of the values that are trained
+                trained = micro.value_mask.nonzero(as_tuple=True)  # indices of trained values
                 value_losses = value_loss(
                     new_values[trained], micro.values[trained], micro.returns[trained],
                     cfg.value_clip_eps, cfg.advantage,
@@ -564,7 +564,7 @@ def main(cfg):
             steps.append(step)  # the norms are those before clipping
             if cfg.max_approx_kl is not None and step["approx_kl"] > cfg.max_approx_kl:
                 break  # earlier steps have gone too far from pi_old: skip this one and the rest
-            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # if finite; a phase
+            if run.may_step(step["grad_norm"] + step["critic_grad_norm"]):  # are they finite?
                 optimizer.step()
         optimizer.zero_grad()  # frees memory for the rollout
 
@@ -588,7 +588,8 @@ def main(cfg):
 
 
 # === Not the algorithm: flags, prompts and models =================================================
-# Flags that --resume may change; --iterations also changes the learning rates and beta's horizon.
+# Flags that --resume may change; --iterations also changes the learning rates and the
+# default of --kl-horizon.
 MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "reward_device")
 
 
@@ -660,7 +661,7 @@ def load_models(cfg, tokenizer, longest, device):
     """Returns policy, ref_policy, critic and the list of scorers, on their devices.
 
     `longest` is the largest number of tokens in a sequence. Trained weights are float32, and
-    dropout is off (as loaded): with different masks in two passes the ratio would not be 1.
+    dropout is off (as loaded): else two passes would differ, and the ratio would not be 1.
     """
     options = {"trust_remote_code": cfg.trust_remote_code}  # of all models
     if cfg.attention != "auto":
@@ -809,6 +810,7 @@ def summarize(samples, baseline):
     return row | {"win_rate": wins / len(samples)}
 
 
+# === Not the algorithm: memory ====================================================================
 PIECE = 2**25  # logits per piece: 128 MiB in float32, of which a piece takes several
 
 
@@ -921,7 +923,7 @@ def update_metrics(steps):
 
 def run_metrics(run, response_mask):
     """Returns counters, learning rate, seconds per phase, response tokens per second and memory."""
-    seconds = run.phase("evaluation")  # begins; returns those of the phases before
+    seconds = run.phase("evaluation")  # ends the earlier phases, returns their seconds
     peak = harness.peak_memory(run.device)
     return {
         "iteration": run.step,
@@ -946,7 +948,7 @@ MAX_GAP = 0.5
 
 
 def check_sampler(run, policy, rollout, logprobs):
-    """Returns sampler_gap, about 0. Warns if it is too large, or ends the run in its first step."""
+    """Returns sampler_gap, about 0. Warns if it is too large, or ends the run in its first iteration."""
     gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
