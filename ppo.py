@@ -1,7 +1,7 @@
 """Stage 3 of RLHF: train a language model with PPO.
 
 To follow one batch from the prompt to optimizer.step(), start at `# 1. ROLLOUT` in `main` and look
-up each function in the section of that number. common.py has the decoding loop and the model calls,
+up each function, mostly in the section of that number. common.py has decoding and model calls,
 rewards.py the scorers. harness.py (logs, checkpoints, several processes) can stay closed.
 
 Goal      maximize  E_{x ~ prompts, y ~ pi(.|x)}[ score(x, y) ] - beta * KL(pi || pi_ref)
@@ -106,7 +106,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
     reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
     judge: str | None = arg(None, "file.py:function, logged as true_reward, never trained on")
-    prompts: list[str] | None = arg(None, "JSONL files; None: the toy task in data/, with its judge")
+    prompts: list[str] | None = arg(None, "JSONL files; None: the toy task in data/ with its judge")
     eval_prompts: list[str] | None = arg(None, "held-out prompts; None: up to 128 of --prompts")
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
@@ -121,7 +121,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     # KL, lengths and your own reading more than the score.
     kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
     kl_target: Positive | None = arg(None, "adapt beta to hold this KL, usually 3 to 10 nats")
-    kl_horizon: Count | None = arg(None, "responses for beta to move 20 %; None: 1/12 of all")
+    kl_horizon: Count | None = arg(None, "responses for beta to move up to 20 %; None: 1/12 of all")
     reward_device: str | None = arg(None, "for reward models, reference; None: as --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of a response without EOS")
 
@@ -136,7 +136,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     minibatch_size: Count = arg(32, "responses per optimizer step")
     microbatch_size: Count | None = arg(None, "responses per pass; None: by a dry run, 32 on a CPU")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
-    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of values in GAE; inf: none")
+    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of the value loss; inf: none")
     value_coef: Weight = arg(0.1, "weight of the value loss; matters mostly for a shared critic")
     entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
     max_approx_kl: Weight | None = arg(None, "approx_kl that ends an update; usually 0.02")
@@ -370,8 +370,8 @@ def whiten(x, mask):
     elsewhere.
 
     This fixes the scale of the policy loss relative to value loss, entropy and gradient clipping,
-    and removes what all tokens have in common. It is done over the whole rollout, because the mean
-    of a minibatch is noisy, and after the returns were computed.
+    and centers it. It is done over the whole rollout, because the mean of a minibatch is noisy, and
+    after the returns are computed, so that the critic's targets keep their scale.
     """
     counted = x[mask]  # (number of True positions,)
     return torch.where(mask, (x - counted.mean()) / (counted.std(correction=0) + 1e-8), 0.0)
@@ -421,7 +421,7 @@ def minibatches(batch_size, minibatch_size, epochs, generator):
 
 # FORK: put another policy loss here.
 def policy_loss(ratio, advantages, clip_eps):
-    """Returns the loss of each token, minus the term of eq. 5, in the shape of the inputs.
+    """Returns the loss of each token, the negated term of eq. 5, in the shape of the inputs.
 
     In the first minibatch of an update every ratio is 1 and the loss is -A, whose mean is about 0.
     The gradient is not 0: d ratio = ratio * d log pi, so this step is REINFORCE with the advantage
@@ -594,8 +594,8 @@ MAY_CHANGE = ("iterations", "eval_every", "explain", "attention", "compile", "re
 
 
 def check_config(cfg):
-    """Returns cfg, with the embedded prompts and judge unless --prompts is given. Raises UserError
-    if flags do not fit together.
+    """Returns cfg, with the toy prompts and judge filled in unless --prompts is given. Raises
+    UserError if flags do not fit together.
     """
     if len({os.path.normpath(spec) for spec in cfg.reward}) < len(cfg.reward):
         raise UserError("--reward names the same reward twice; it would count twice")
@@ -612,7 +612,7 @@ def check_config(cfg):
         if cfg.batch_size % getattr(cfg, name):
             what = f"--batch-size {cfg.batch_size} is not a multiple of {harness.flag_of(name)}"
             raise UserError(f"{what} {getattr(cfg, name)}")
-    if cfg.prompts is not None:  # the user's own; else the embedded world
+    if cfg.prompts is not None:  # the user's own; else the toy task
         return cfg
     return dataclasses.replace(
         cfg, prompts=[str(DATA / "prompts.jsonl")],
@@ -646,7 +646,7 @@ def prompt_of(row):
 
 def endless_batches(rows, batch_size, samples_per_prompt, rng):
     """Yields batches of rows endlessly: all rows in random order, then again in another order. Each
-    row that is drawn stands `samples_per_prompt` times side by side.
+    row appears `samples_per_prompt` times in succession.
     """
     order = []  # rows still to come
     num_prompts = batch_size // samples_per_prompt
@@ -770,7 +770,7 @@ def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
 
 
 def measure_scales(cfg, kept, policy, ref_policy, tokenizer, scorers, rows):
-    """Normalizes scorers that have no scale, by their scores on the SFT policy's responses.
+    """Sets mean and std of reward models that bring none, by scores of the initial policy's texts.
 
     Returns {reward: (mean, std)}, which checkpoints keep: a resumed run must use the same.
     """
@@ -811,7 +811,7 @@ def summarize(samples, baseline):
 
 
 # === Not the algorithm: memory ====================================================================
-PIECE = 2**25  # logits per piece: 128 MiB in float32, of which a piece takes several
+PIECE = 2**25  # logits per piece, unless one row has more: 128 MiB in float32
 
 
 def token_logprobs_in_pieces(logits, tokens, temperature, with_entropy):
@@ -835,8 +835,8 @@ def token_logprobs_in_pieces(logits, tokens, temperature, with_entropy):
 def dry_run(run, policy, ref_policy, critic, scorers, optimizer, tokenizer, rows):
     """Returns run.cfg with the micro-batch size to use, which the scorers get as well.
 
-    On CUDA it takes the longest prompt with responses of full length through all phases, so that a
-    lack of memory shows in the first minute. Nothing is learned, and the random state is unchanged.
+    On CUDA it also runs rollout, scorers that read tokens, and log-probabilities at full length, so
+    that a lack of memory shows before training. Nothing is learned; the random state is unchanged.
     """
     settings = policy.generation_config
     longest = max(rows, key=lambda row: len(row.prompt_ids))  # the longest prompt
@@ -903,7 +903,7 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
 
 def update_metrics(steps):
     """Returns means over optimizer steps of all statistics that the loop recorded, the number of
-    steps, and two values of the first step, when the policy is still pi_old.
+    steps tried, and two values of the first step, when the policy is still pi_old.
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
     2020, "Approximating KL divergence"). It measures one update, `kl` the whole run. Healthy:
@@ -948,12 +948,12 @@ MAX_GAP = 0.5
 
 
 def check_sampler(run, policy, rollout, logprobs):
-    """Returns sampler_gap, about 0. Warns if it is too large, or ends the run in its first iteration."""
+    """Returns sampler_gap. Warns if it is large; above MAX_GAP the first iteration ends the run."""
     gap = (rollout.sampled_logprobs - logprobs)[rollout.response_mask].abs().mean().item()
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
         name = type(policy).__name__
-        raise UserError(f"{what}: what a {name} samples is not what it would learn from")
+        raise UserError(f"{what}: {name} gives other probabilities in sampling than in training")
     if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
         causes = "a cache that rounds, MoE routing that flips; try --dtype float32"
         run.warn("sampler", f"{what}. Usual causes: {causes}")
