@@ -12,7 +12,7 @@ MIN_WORDS = 3  # a shorter text is no answer
 def obeys(text, kind, value):
     """Returns whether a text obeys one instruction. Only two kinds look at upper and lower case.
 
-    What the text is about is not checked: a text that obeys but does not answer gets the full reward.
+    What the text is about is not checked: one that only obeys gets the full reward.
     """
     text = text.strip()
     words = re.findall(r"[a-z]+(?:['’-][a-z]+)*", text.lower())
