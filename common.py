@@ -37,7 +37,7 @@ def is_out_of_memory(error):
 
 
 def explain(error, what):
-    """Raises UserError with an error's text on one line; a UserError or lack of memory as it is."""
+    """Raises a UserError or a lack of memory as it is, any other error as a one-line UserError."""
     if is_out_of_memory(error) or isinstance(error, UserError):
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
@@ -118,7 +118,7 @@ def check_model(model):
     for one, other, limit, what in (
         (whole, again, exact, "draws random numbers in its forward pass"),
         (whole[1:, 9:], alone, 0.05, "reads the padding"),
-        (whole[:1, :20], beginning, 0.05, "reads what comes later: no policy here"),
+        (whole[:1, :20], beginning, 0.05, "lets tokens see later ones: it can't be a policy"),
     ):
         if not (one - other).norm() <= limit * other.norm():
             raise UserError(f"{name} {what}")
@@ -178,8 +178,8 @@ def epochs_by_length(lengths, batch_size, generator):
 
 def parts_by_length(attention_mask, index, size):
     """Yields micro-batches of up to `size` of the rows `index` (int64, on the CPU), in order of
-    length: (row indices (b,), slice of the columns of attention_mask (B, T) that are not padding in
-    all of them). Under torchrun each process gets its share of the rows.
+    length: (row indices (b,), slice of the columns of attention_mask (B, T) without the outer ones
+    that are padding in every row). Under torchrun each process gets its share of the rows.
     """
     mask = attention_mask.cpu()
     rows = share(index[mask[index].sum(1).argsort(stable=True)])
@@ -252,9 +252,10 @@ def encode(tokenizer, prompt, response=None, eos_ids=(), tools=None, may_drop=Fa
         tools: JSON schemas for the template of a chat.
         may_drop: whether the template may leave out words of the response, thoughts for example.
 
-    Prompt and response are tokenized together. A response ends with one EOS, where the policy's own
-    would. A string begins as the tokenizer begins every text (BOS, or GLM's two tokens); a chat
-    template writes BOS itself. Raises ValueError if a chat does not fit it or it drops words.
+    Prompt and response are tokenized together. A response ends with one EOS, the first after its
+    words. A string begins as the tokenizer begins every text (BOS, or GLM's two tokens); a chat
+    template writes BOS itself. Raises ValueError if a chat does not fit the template, or if that
+    drops words.
     """
     opening, text = prompt, response
     before = []
@@ -323,7 +324,7 @@ def ids_after(tokenizer, opening, first, text):
         if rest[: len(alone)] == alone:
             if tokenizer.decode(first + ids, clean_up_tokenization_spaces=False) == wanted:
                 return ids
-    notes["that do not give their text where prompt and response meet"] += 1
+    notes["whose tokens decode to other text where prompt and response meet"] += 1
     return token_ids(tokenizer, text)
 
 
@@ -354,9 +355,9 @@ def render_response(tokenizer, prompt, response, tools, may_drop):
     if not whole.startswith(opening) or is_open or is_doubled:
         place = max(0, len(os.path.commonprefix([opening, whole])) - 12)
         raise ValueError(
-            "does not fit the chat template: the chat with its reply does not continue the prompt "
-            f"(or a thought that the prompt opens). {opening[place:]!r} ends the prompt, and the "
-            f"whole has {whole[place:][:40]!r}; see --chat-template-kwargs"
+            "does not fit the chat template: with its reply the chat does not continue the prompt, "
+            f"or a thought in it stays open. {opening[place:]!r} ends the prompt, and the chat has "
+            f"{whole[place:][:40]!r} there; see --chat-template-kwargs"
         )
     for message in response:
         if message["role"] == "assistant" and (lost := lost_words(text, message)):
@@ -397,8 +398,8 @@ def eos_token_ids(tokenizer, model):
 
 # === Models =======================================================================================
 def load(auto_class, path, made_by=None, **options):
-    """Returns auto_class.from_pretrained(path), of an adapter's folder that of its base model, or
-    raises UserError with what would help. `made_by` is the command that makes `path`.
+    """Returns auto_class.from_pretrained(path), that of the base model if path is an adapter. A
+    UserError says what would help. `made_by` is the command that makes `path`.
     """
     if not os.path.isdir(path):
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
@@ -421,8 +422,8 @@ def load(auto_class, path, made_by=None, **options):
 
 
 def load_config(path, made_by, options):
-    """Returns a model's config with dropout off (two masks would be two policies, and layers with
-    gradient checkpointing are in train mode) and with outputs as the code here expects them.
+    """Returns a model's config with dropout off and with outputs as the code here expects them.
+    Two dropout masks would be two policies, and checkpointed layers run in train mode.
     """
     configs = [load(AutoConfig, path, made_by, **options)]
     for config in configs:  # the list grows by nested configs
@@ -724,8 +725,8 @@ def sample_tokens(logits, temperature, uniform):
     and its log-probability, (b,) each.
 
     A block of 128 ids is drawn first, by the sums of their probabilities, then an id in the block,
-    each with a number of `uniform` (b, 2): running sums over a few hundred numbers instead of the
-    vocabulary (torch.multinomial draws a random number per id). Rows with inf or nan give nan.
+    each with a number of `uniform` (b, 2). So the running sums are short, not over the vocabulary
+    (and torch.multinomial draws a random number per id). Rows with inf or nan give nan.
     """
     num_ids = logits.shape[1]
     logits = F.pad(logits, (0, -num_ids % 128), value=-torch.inf)

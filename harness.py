@@ -73,16 +73,16 @@ class RunConfig:
 
     output: str = arg("ckpt/run", "folder for the result and the logs")
     resume: bool = arg(False, "continue the run in --output if there is one")
-    overwrite: bool = arg(False, "start again although --output holds a run")
-    save_every: Count = arg(10, "iterations between checkpoints")
+    overwrite: bool = arg(False, "delete the run in --output and start again")
+    save_every: Count = arg(10, "iterations between checkpoints; only the newest is kept")
     seed: Annotated[int, Range(0, 2**32 - 1)] = arg(0, "seed of weights, data order and samples")
-    device: str = arg("auto", "cpu, cuda or cuda:1; auto is a GPU if there is one")
-    dtype: Literal["auto", "float32", "bf16"] = arg("auto", "matrix products; auto: bf16 on CUDA")
-    lora_rank: Count | None = arg(None, "train LoRA adapters of this rank (8 to 64); needs peft")
+    device: str = arg("auto", "cpu, cuda or cuda:1; auto: a GPU if there is one")
+    dtype: Literal["auto", "float32", "bf16"] = arg("auto", "matmul precision; auto: bf16 on CUDA")
+    lora_rank: Count | None = arg(None, "LoRA rank, 8 to 64, needs peft; None: train all")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
     log: str | None = arg(None, "file.py:function, called with each row of metrics.jsonl")
     trust_remote_code: bool = arg(False, "run code that comes with a model")
-    chat_template_kwargs: str | None = arg(None, 'JSON for chats, like {"enable_thinking": false}')
+    chat_template_kwargs: str | None = arg(None, 'JSON object, like {"enable_thinking": false}')
 
     def __post_init__(self):
         """Raises UserError on the first flag outside its Range."""
@@ -168,9 +168,9 @@ def pick_device(name, flag="--device"):
 
 
 def load_function(spec):
-    """Returns the function that "file.py:function" names. Each file runs once, as one module, and
-    its folder is on the import path: it can import its neighbours, and spawned workers import it,
-    by the folder's name as well if another module is called like the file.
+    """Returns the function that "file.py:function" names. Each file runs once, as one module. Its
+    folder joins the import path, so it can import its neighbours and spawned workers can import it
+    (as folder.file if another module has the file's name).
     """
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
@@ -252,8 +252,9 @@ def parse_row(line, formats):
             parts = [isinstance(message, dict) and message.get(x) for x in ("role", "content")]
             is_chat = is_chat and all(isinstance(part, str) for part in parts)
         if not (is_text or is_chat):
-            wanted = {"text": "a string", "messages": "messages"}.get(key, "a string or messages")
-            raise ValueError(f'needs {wanted} ({{"role": str, "content": str}}) under {key!r}')
+            chat = 'messages ({"role": str, "content": str})'
+            wanted = {"text": "a string", "messages": chat}.get(key, f"a string or {chat}")
+            raise ValueError(f"needs {wanted} under {key!r}")
     if not isinstance(row.get("tools") or [], list):
         raise ValueError(f"has a {type(row['tools']).__name__} under 'tools', not a list")
     row.unread = [key for key in row if key not in (*keys, "tools")]
@@ -262,7 +263,7 @@ def parse_row(line, formats):
 
 def hold_out(rows, most, seed, prompt_of):
     """Returns (training rows, held-out rows): a tenth is held out, at most `most`. Rows with the
-    same prompt stay together: a held-out answer to a prompt that was trained on shows little.
+    same prompt stay together if they can: a held-out answer to a trained prompt shows little.
     """
     number = min(most, len(rows) // 10)
     if number == 0:
@@ -339,7 +340,7 @@ def join_processes(cfg, device):
         return
     num_rows = getattr(cfg, "minibatch_size", cfg.batch_size)
     if num_rows < int(os.environ["WORLD_SIZE"]):
-        raise UserError(f"each process needs a row of the {num_rows} of an optimizer step")
+        raise UserError(f"more processes than the {num_rows} rows of an optimizer step; use fewer")
     options = {"timeout": datetime.timedelta(days=1)}  # others may wait long for a reward function
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -508,7 +509,7 @@ class Run:
                 self.inputs[f"{flag_of(name)} {value}"] = checksum(value)
 
     def claim(self):
-        """Locks OUTPUT. It must be new, or hold a run and --resume or --overwrite be given."""
+        """Locks OUTPUT: a new folder or, with --resume or --overwrite, one that holds a run."""
         output = f"--output {self.cfg.output}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -528,7 +529,7 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
 
     def read_state(self, saved, may_change):
-        """Returns the newest state, or {}. Refuses changed inputs, and flags that may not be."""
+        """Returns the newest state or {}. Refuses changed inputs, and flags not in `may_change`."""
         for name, value in vars(self.cfg).items():
             began = saved.get(name, value)
             if name not in may_change and began != value:
@@ -696,7 +697,7 @@ class Run:
 
     def save_if_due(self, kept):
         """Writes a checkpoint every --save-every steps, at the last step, and before a stop: models
-        as Hugging Face folders, the first one at the top, and state.pt with `kept`, the loop's own.
+        as Hugging Face folders, the first one at the top, and state.pt, with the loop's `kept`.
         """
         self.stopping = greatest(self.stop_signal)  # a signal may reach one process before another
         if not (self.is_due(self.cfg.save_every) or self.stopping):

@@ -99,7 +99,7 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
     eval_every: Count = arg(10, "iterations between evaluations on held-out prompts")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "attention code")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "implementation")
     compile: bool = arg(False, "use torch.compile in scoring and update: slow start, then faster")
     explain: bool = arg(False, "print a response token by token, in iteration 1 and at evaluations")
 
@@ -107,42 +107,42 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
     judge: str | None = arg(None, "file.py:function, logged as true_reward, never trained on")
     prompts: list[str] | None = arg(None, "JSONL files; None: the toy task in data/ with its judge")
-    eval_prompts: list[str] | None = arg(None, "held-out prompts; None: up to 128 of --prompts")
+    eval_prompts: list[str] | None = arg(None, "held-out JSONL; None: 1/10 of --prompts, up to 128")
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
     batch_size: Count = arg(128, "responses per iteration")
-    samples_per_prompt: Count = arg(1, "responses per prompt; batch_size counts responses")
+    samples_per_prompt: Count = arg(1, "responses to each prompt; must divide --batch-size")
     max_prompt_length: Count = arg(512, "in tokens; longer prompts are dropped and counted")
     response_length: Count = arg(64, "maximum in tokens; longer responses are truncated")
-    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "divides the logits; 0.7 to 1")
+    temperature: Annotated[float, Range(0.01, 100)] = arg(1.0, "divides logits; usually 0.7 to 1")
 
     # beta trades score for distance from the reference. If the score rises while the texts get
     # worse, the reward model is over-optimized: raise beta or stop earlier, and trust a judge, the
     # KL, lengths and your own reading more than the score.
     kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
-    kl_target: Positive | None = arg(None, "adapt beta to hold this KL, usually 3 to 10 nats")
+    kl_target: Positive | None = arg(None, "KL per response that beta adapts to; 3 to 10 nats")
     kl_horizon: Count | None = arg(None, "responses for beta to move up to 20 %; None: 1/12 of all")
-    reward_device: str | None = arg(None, "for reward models, reference; None: as --device")
+    reward_device: str | None = arg(None, "of reward models, reference; None: as --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of a response without EOS")
 
     # gamma is 1 because a response is finite and a reward counts the same wherever it comes. lam
     # trades bias for variance: 0 trusts the critic at the next token, 1 uses the full return.
-    advantage: Literal["gae", "bandit"] = arg("gae", "one advantage per token, or one per response")
+    advantage: Literal["gae", "bandit"] = arg("gae", "gae: one per token; bandit: one per response")
     gamma: Share = arg(1.0, "discount per token; 1 for text")
     lam: Share = arg(0.95, "lambda of GAE; usually 0.9 to 1")
     critic: Literal["separate", "shared"] = arg("separate", "own model, or a head on the policy")
 
     ppo_epochs: Count = arg(4, "passes over each rollout; usually 1 to 4")
-    minibatch_size: Count = arg(32, "responses per optimizer step")
-    microbatch_size: Count | None = arg(None, "responses per pass; None: by a dry run, 32 on a CPU")
+    minibatch_size: Count = arg(32, "responses per optimizer step; must divide --batch-size")
+    microbatch_size: Count | None = arg(None, "responses at once; None: fastest that fits, CPU: 32")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
     value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of the value loss; inf: none")
     value_coef: Weight = arg(0.1, "weight of the value loss; matters mostly for a shared critic")
     entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
-    max_approx_kl: Weight | None = arg(None, "approx_kl that ends an update; usually 0.02")
-    lr: Share | None = arg(None, "learning rate of the policy, falls to 0; None: by size")
-    critic_lr: Share | None = arg(None, "learning rate of the critic, falls to 0; None: by size")
-    max_grad_norm: Positive = arg(1.0, "clip the gradient norms of policy and critic to this")
+    max_approx_kl: Weight | None = arg(None, "end an update above this approx_kl; usually 0.02")
+    lr: Share | None = arg(None, "policy's, falls to 0; None: by size, 3e-4 (tiny) to 3e-6 (1 B)")
+    critic_lr: Share | None = arg(None, "critic's, falls to 0; None: by size, as for --lr")
+    max_grad_norm: Positive = arg(1.0, "clip the gradients of policy and critic, each to this")
 
 
 # === 1. Rollout: x ~ prompts, y ~ pi_old(. | x) ===================================================

@@ -6,10 +6,10 @@ Goal      maximize the likelihood of the preferences under the model of Bradley 
 (2) loss  L = - mean over the batch's pairs of  log sigma(s_chosen - s_rejected)
 (3) scale s <- (s - mean) / std, both over the training pairs' responses
 
-          Only differences enter (1), so the pairs leave the zero open, and how noisy the labels are
-          sets the unit. (3) puts zero at the average response and
-          makes the standard deviation the unit. Otherwise a KL coefficient or an EOS penalty would
-          mean something else for each reward model. PPO reads mean and std from the model's config.
+          Only differences enter (1), so the pairs do not fix the zero of the scores, and the noise
+          of the labels sets their unit. (3) makes the mean 0 and the standard deviation 1 over the
+          training responses. Otherwise a KL coefficient or an EOS penalty would mean something else
+          for each reward model. PPO reads mean and std from the model's config.
 
 Shapes    B pairs; 2B texts of T tokens (padded on the right), the chosen ones first.
 Score     A linear head reads the last attended token, normally the EOS: only there has a causal
@@ -17,9 +17,9 @@ Score     A linear head reads the last attended token, normally the EOS: only th
 Head      New heads have standard deviation 1/sqrt(d + 1) and bias 0 (Stiennon et al. 2020).
 Epochs    One. Preference labels are noisy, and a second pass mostly memorizes the noise.
 
-Differs   (3) uses all responses of the training pairs, and scales, too; the sources below center
-          the scores of demonstrations or reference summaries. The saved model is loaded again and
-          must give the same scores.
+Differs   (3) sets mean and standard deviation over all responses of the training pairs; the sources
+          below only shift scores, so that demonstrations or reference summaries have mean 0. The
+          saved model is loaded again and must give the same scores to within 1e-3.
 
 Sources   Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ Implementation
           Details of RLHF with PPO". Its settings for TL;DR summaries with 1 B parameters are a
@@ -55,24 +55,24 @@ from harness import DATA, Count, Positive, Share, arg
 
 
 # === 0. Configuration =============================================================================
-# An optimizer step takes --batch-size pairs, --microbatch-size at a time; it changes no gradient.
+# An optimizer step learns from --batch-size pairs; --microbatch-size affects memory and speed only.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/reward_model", "folder for the model and the logs")
     save_every: Count = arg(500, "optimizer steps between checkpoints")
 
     model: str = arg("ckpt/sft", "causal LM, or a reward model to train further")
-    data: list[str] | None = arg(None, "JSONL files of pairs; None: the embedded preferences")
-    eval_data: list[str] | None = arg(None, "held-out pairs; None: a tenth of --data")
-    max_prompt_length: Count = arg(512, "tokens; pairs with longer prompts are dropped and counted")
-    response_length: Count = arg(512, "tokens with EOS; pairs with longer ones are dropped, too")
+    data: list[str] | None = arg(None, "JSONL files of pairs; None: the toy pairs in data/")
+    eval_data: list[str] | None = arg(None, "held-out JSONL files; None: a tenth of --data")
+    max_prompt_length: Count = arg(512, "in tokens; pairs with longer prompts are dropped")
+    response_length: Count = arg(512, "in tokens, with EOS; pairs with longer ones are dropped")
 
-    epochs: Count = arg(1, "passes over the pairs; 1")
+    epochs: Count = arg(1, "passes over the pairs; usually 1, as more overfit")
     batch_size: Count = arg(32, "pairs per optimizer step")
-    microbatch_size: Count | None = arg(None, "pairs per pass; None: by a dry run, 32 on a CPU")
-    lr: Share | None = arg(None, "peak learning rate; None: by model size")
+    microbatch_size: Count | None = arg(None, "pairs at once; None: fastest that fits, CPU: 32")
+    lr: Share | None = arg(None, "peak learning rate; None: 1e-3 (tiny) to 3e-6 (1 B)")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
-    weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
+    weight_decay: Share = arg(0.0, "weight decay of AdamW; usually 0 to 0.1")
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
 
 
@@ -119,8 +119,8 @@ def split_texts(chosen, rejected):
     """Returns (common prompt, rest of chosen, rest of rejected) of two whole dialogues as strings.
 
     In the format of Anthropic's HH data the prompt ends with the last "Assistant:" of both. Without
-    one it ends before the first word that differs: cut within a word, or after the space, the rest
-    would have other tokens than in any other text.
+    one it ends before the first word that differs and the space before it: cut elsewhere, the rest
+    would begin with tokens that no other text has there.
     """
     opening = os.path.commonprefix([chosen, rejected])
     marker = "\n\nAssistant:"
@@ -151,7 +151,7 @@ def split_chats(chosen, rejected):
 
 
 def prompt_of(row):
-    """Returns a row's prompt; none may be both trained on and held out."""
+    """Returns a row's prompt: no prompt should be both trained on and held out."""
     try:
         return preference(row)[0]
     except ValueError:  # `encode_row` refuses the row, with its place
@@ -203,8 +203,8 @@ def score_pairs(model, pairs, microbatch_size, pad_id, name):
 
 def accuracy(better, worse):
     """Returns the share of pairs with better > worse, ties counting half, and twice its standard
-    error, by Agresti and Coull 1998: with two more wins and losses, it is not 0 for a few pairs
-    that were all won.
+    error: that of Agresti and Coull 1998, which adds two wins and two losses, so that it is not 0
+    for a few pairs that were all won.
     """
     share = ((better > worse).float() + 0.5 * (better == worse).float()).mean().item()
     number = len(better) + 4  # two wins and two losses more
@@ -213,7 +213,7 @@ def accuracy(better, worse):
 
 
 def held_out_metrics(chosen, rejected, pairs):
-    """Returns the `eval` row of metrics.jsonl, from raw scores: eq. 1 is not about scaled ones."""
+    """Returns held-out metrics from raw scores, because eq. 1 is about scores before (3)."""
     right, two_sigma = accuracy(chosen, rejected)  # chosen above rejected
     chosen_lengths = torch.tensor([float(len(text)) for text, _ in pairs])
     rejected_lengths = torch.tensor([float(len(text)) for _, text in pairs])
@@ -230,8 +230,8 @@ def print_result(row, drift):
     """Prints the accuracy beside its trivial rival, the loss, and the scale."""
     print(
         f"\nheld-out accuracy {row['accuracy']:.3f} +- {row['accuracy_two_sigma']:.3f} (2 sigma); "
-        f"'the longer one wins' has {row['longer_wins']:.3f}\n"
-        f"held-out loss {row['loss']:.3f} nats; knowing nothing has {math.log(2):.3f}\n"
+        f"always choosing the longer text: {row['longer_wins']:.3f}\n"
+        f"held-out loss {row['loss']:.3f} nats; equal scores would give {math.log(2):.3f}\n"
         f"score mean {row['reward_mean']:.3f}, standard deviation {row['reward_std']:.3f}; "
         f"after reloading, scores differ by at most {drift:.1g}"
     )

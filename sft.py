@@ -48,24 +48,24 @@ from harness import DATA, Count, Positive, Share, arg
 
 
 # === 0. Configuration =============================================================================
-# An optimizer step takes --batch-size rows, --microbatch-size at a time; it changes no gradient.
+# An optimizer step learns from --batch-size rows; --microbatch-size affects memory and speed only.
 @dataclass(frozen=True)
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/sft", "folder for the trained policy and the logs")
     save_every: Count = arg(500, "optimizer steps between checkpoints")
 
     model: str | None = arg(None, "causal LM; None: a tiny Llama, trained from scratch")
-    data: list[str] | None = arg(None, "JSONL files; None: the embedded demonstrations")
-    eval_data: list[str] | None = arg(None, "held-out rows; None: a tenth of --data")
-    max_prompt_length: Count = arg(512, "tokens; rows with longer prompts are dropped and counted")
-    response_length: Count = arg(512, "tokens with EOS; rows with longer ones are dropped, too")
+    data: list[str] | None = arg(None, "JSONL files; None: the toy demonstrations in data/")
+    eval_data: list[str] | None = arg(None, "held-out JSONL files; None: a tenth of --data")
+    max_prompt_length: Count = arg(512, "in tokens; rows with longer prompts are dropped")
+    response_length: Count = arg(512, "in tokens, with EOS; rows with longer ones are dropped")
 
     epochs: Count = arg(4, "passes over the data; 1 to 3 for a pretrained model")
     batch_size: Count = arg(16, "sequences per optimizer step")
-    microbatch_size: Count | None = arg(None, "sequences per pass; None: by a dry run, 16 on a CPU")
-    lr: Share | None = arg(None, "peak learning rate; None: by model size")
+    microbatch_size: Count | None = arg(None, "sequences at once; None: fastest that fits, CPU: 16")
+    lr: Share | None = arg(None, "peak learning rate; None: 3e-3 (tiny) to 3e-6 (1 B)")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
-    weight_decay: Share = arg(0.0, "weight decay of AdamW; 0 to 0.1")
+    weight_decay: Share = arg(0.0, "weight decay of AdamW; usually 0 to 0.1")
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")
 
 
@@ -112,7 +112,7 @@ def is_learned(message):
 
 
 def prompt_of(row):
-    """Returns a row's prompt; none may be both trained on and held out."""
+    """Returns a row's prompt: no prompt should be both trained on and held out."""
     if "prompt" not in row and "messages" in row:
         return row["messages"][:-1]
     return row.get("prompt", row.get("text"))
@@ -205,7 +205,7 @@ def load_model(cfg, rows):
         common.add_adapters(model, cfg.lora_rank, cfg.model)  # with --lora-rank
         return model, tokenizer
     if cfg.lora_rank is not None or cfg.chat_template_kwargs is not None:
-        raise UserError("--lora-rank and --chat-template-kwargs are about a --model; name one")
+        raise UserError("--lora-rank and --chat-template-kwargs need a pretrained --model")
     texts = [row[key] for row in rows for key in ("prompt", "completion", "text") if key in row]
     tokenizer = tiny_model.train_tokenizer([text for text in texts if isinstance(text, str)])  # BPE
     model = tiny_model.tiny_llama(tokenizer)  # 0.3 M random weights

@@ -151,7 +151,7 @@ def test_three_processes_change_no_metric_and_no_weight(name, folder, tmp_path, 
 def test_bad_input_is_printed_once_and_a_lone_process_says_that_it_is_alone(folder, tmp_path, monkeypatch, capfd):
     assert run_forks(2, "ppo", flags_of(folder, "ppo", "--minibatch-size", 1, "--output", tmp_path / "run")) == [2, 2]
     [error] = re.findall("ppo.py: .*", capfd.readouterr().err)
-    assert "each process needs a row" in error and not (tmp_path / "run").exists()
+    assert "more processes than" in error and not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "4")
     harness.join_processes(None, None)
     assert "this process trains alone" in capfd.readouterr().out

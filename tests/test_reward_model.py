@@ -79,7 +79,7 @@ def test_accuracy_counts_ties_half_and_two_sigma_is_that_of_two_wins_and_losses_
 
 def test_it_learns_stores_the_scale_and_writes_a_classifier_that_loads(world, tmp_path, run_stage):
     status, out, _ = run_stage(*flags(world, tmp_path, "--epochs", 20, "--lr", 0.01))
-    assert status == 0 and "held-out accuracy" in out and "longer one wins" in out
+    assert status == 0 and "held-out accuracy" in out and "choosing the longer text" in out
     row = read_rows(tmp_path / "metrics.jsonl")[-1]
     assert row["split"] == "eval" and row["accuracy"] > 0.9 and row["loss"] < 0.5
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)

@@ -78,6 +78,6 @@ FAMILIES = {
 NO_CAUSAL_LM = ["qwen2_vl", "qwen3_vl", "mistral3", "t5"]  # transformers has no causal LM for them
 REFUSED = {  # transformers has one, but batches of texts are not read as each text alone, or it can't be driven token by token
     "rwkv": "reads the padding", "xlstm": "can't be read or sampled from", "recurrent_gemma": "reads the padding", "minimax": "can't be read or sampled from",
-    "bart": "reads the padding", "bert": "reads what comes later",
+    "bart": "reads the padding", "bert": "lets tokens see later ones",
 }
 RUN = [name for name in FAMILIES if name not in [*NO_CAUSAL_LM, *REFUSED, "phimoe", "gemma3n"]]
