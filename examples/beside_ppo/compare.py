@@ -56,13 +56,16 @@ NUM_SAMPLES = 4  # per prompt, where policies are measured; best of n has more
 # === What is compared =============================================================================
 @dataclass(frozen=True)
 class Method:
-    """A script with one coefficient; `fork` is a patch of examples/forks that is applied first."""
+    """A script with one coefficient. `fork` is a patch of examples/forks that is applied first, and
+    `edit` a text of the forked ppo.py and what then replaces it.
+    """
 
     script: str
     flag: str
     coefficients: tuple
     more: tuple = ()
     fork: str | None = None
+    edit: tuple = ()
 
 
 METHODS = {
@@ -71,6 +74,10 @@ METHODS = {
     "RLOO": Method(PPO, "--kl-coef", (0.05, 0.1, 0.15, 0.3), fork="rloo"),
     "GRPO": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="grpo"),
     "KL in the loss": Method(PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss"),
+    "KL in the loss, times the ratio": Method(
+        PPO, "--kl-coef", (0.03, 0.1, 0.3, 1.0), fork="kl_in_loss",
+        edit=("kl_coef * k3.sum()", "kl_coef * (ratio * k3).sum()"),
+    ),
     "DPO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "dpo")),
     "IPO": Method(DPO, "--beta", (0.01, 0.03, 0.1, 0.3), ("--loss", "ipo")),
     "KTO": Method(DPO, "--beta", (0.03, 0.1, 0.3, 1.0), ("--loss", "kto")),
@@ -264,8 +271,14 @@ def make_pairs(job):
 
 
 # === All runs =====================================================================================
-def forked(work, patch):
-    """Returns a copy of the project, in a folder of `work`, with a patch applied."""
+def slug(text):
+    return re.sub(r"[^\w.]+", "_", text)
+
+
+def forked(work, patch, edit=()):
+    """Returns a copy of the project, in a folder of `work`, with a patch applied. Then the first
+    text of `edit`, if there is one, is replaced in ppo.py by the second.
+    """
     project = work / patch.stem
     shutil.rmtree(project, ignore_errors=True)
     shutil.copytree(ROOT / "data", project / "data")
@@ -273,6 +286,10 @@ def forked(work, patch):
         shutil.copy(path, project)
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)  # else git looks further up
     subprocess.run(["git", "apply", patch], cwd=project, check=True)
+    if edit:
+        script = (project / PPO).read_text(encoding="utf-8")
+        assert script.count(edit[0]) == 1, edit
+        (project / PPO).write_text(script.replace(edit[0], edit[1]), encoding="utf-8")
     return project
 
 
@@ -309,11 +326,10 @@ def job_of(world, work, seed, method, coefficient, evaluates=True):
         command += [*world.ppo, "--response-length", str(world.response_length)]
     if this.script != TRL and not evaluates:
         command += ["--eval-every", "1000000"]
-    slug = re.sub(r"[^\w.]+", "_", f"{method}_{coefficient:g}")
     return {
         "world": world, "seed": seed, "seed_folder": folder, "measure": measure,
-        "root": work / this.fork if this.fork else ROOT,
-        "folder": folder / slug, "command": command,
+        "root": work / slug(method) / this.fork if this.fork else ROOT,
+        "folder": folder / slug(f"{method}_{coefficient:g}"), "command": command,
     }
 
 
@@ -329,9 +345,9 @@ def choose(results, name, seeds):
 def compare(world, work, num_seeds, num_jobs, methods):
     """Does all runs. Returns {"methods": {name: {...}}, "best_of_n": ..., "sft": ...}."""
     for name in methods:
-        fork = ALL[name].fork
-        if fork and not (work / fork).exists():
-            forked(work, HERE.parent / "forks" / f"{fork}.patch")
+        fork, edit = ALL[name].fork, ALL[name].edit
+        if fork and not (work / slug(name) / fork).exists():
+            forked(work / slug(name), HERE.parent / "forks" / f"{fork}.patch", edit)
     results = {}  # {(method, coefficient, seed): record}
     stages = {}  # {name: a record per seed}
     compared = {}
