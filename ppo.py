@@ -99,14 +99,14 @@ from rewards import FunctionScorer, load_scorer, mean_and_std
 class Config(harness.RunConfig):  # the flags that all stages share are in harness.py
     output: str = arg("ckpt/ppo", "folder for the policy, the critic and the logs")
     eval_every: Count = arg(10, "iterations between evaluations on held-out prompts")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "implementation")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = arg("auto", "auto: by model")
     compile: bool = arg(False, "use torch.compile in scoring and update: slow start, then faster")
-    explain: bool = arg(False, "print a response token by token, in iteration 1 and at evaluations")
+    explain: bool = arg(False, "at times, print KL, reward, V, ... of one response, by token")
 
     policy: str = arg("ckpt/sft", "causal LM to train; a copy of it is the reference")
     reward: list[str] = arg(["ckpt/reward_model"], "reward models or file.py:function; summed")
     judge: str | None = arg(None, "file.py:function, logged as true_reward, never trained on")
-    prompts: list[str] | None = arg(None, "JSONL files; None: the toy task in data/ with its judge")
+    prompts: list[str] | None = arg(None, "JSONL with a prompt key; None: toy task in data/")
     eval_prompts: list[str] | None = arg(None, "held-out JSONL; None: 1/10 of --prompts, up to 128")
 
     iterations: Count = arg(30, "number of rollouts, each followed by an update")
@@ -120,9 +120,9 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     # worse, the reward model is over-optimized: raise beta or stop earlier, and trust a judge, the
     # KL, lengths and your own reading more than the score.
     kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
-    kl_target: Positive | None = arg(None, "KL per response that beta adapts to; 3 to 10 nats")
-    kl_horizon: Count | None = arg(None, "responses for beta to move up to 20 %; None: 1/12 of all")
-    reward_device: str | None = arg(None, "of reward models, reference; None: as --device")
+    kl_target: Positive | None = arg(None, "KL that beta aims for; 3 to 10 nats; None: beta fixed")
+    kl_horizon: Count | None = arg(None, "responses in which beta changes by 1/5; None: total / 12")
+    reward_device: str | None = arg(None, "for reference and reward models; None: --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of a response without EOS")
 
     # gamma is 1 because a response is finite and a reward counts the same wherever it comes. lam
@@ -136,12 +136,12 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     minibatch_size: Count = arg(32, "responses per optimizer step; must divide --batch-size")
     microbatch_size: Count | None = arg(None, "responses at once; None: fastest that fits, CPU: 32")
     clip_eps: Share = arg(0.2, "clip range of the ratio; usually 0.1 to 0.3")
-    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip range of the value loss; inf: none")
+    value_clip_eps: Annotated[float, Range(0)] = arg(0.2, "clip of a value's change; inf: none")
     value_coef: Weight = arg(0.1, "weight of the value loss; matters mostly for a shared critic")
     entropy_coef: Weight = arg(0.0, "weight of the entropy bonus; usually 0 to 0.01")
     max_approx_kl: Weight | None = arg(None, "end an update above this approx_kl; usually 0.02")
     lr: Share | None = arg(None, "policy's, falls to 0; None: by size, 3e-4 (tiny) to 3e-6 (1 B)")
-    critic_lr: Share | None = arg(None, "critic's, falls to 0; None: by size, as for --lr")
+    critic_lr: Share | None = arg(None, "critic's, falls to 0; None: by its own size")
     max_grad_norm: Positive = arg(1.0, "clip the gradients of policy and critic, each to this")
 
 
@@ -473,7 +473,7 @@ def main(cfg):
     run.phase("evaluation")
     # Before `restore`, as these belong to the initial policy; a resumed run has kept them.
     scales = measure_scales(cfg, run.kept, policy, ref_policy, tokenizer, scorers, all_rows)
-    baseline = run.kept.get("baseline")  # its samples of the held-out prompts
+    baseline = run.kept.get("baseline")  # its responses to held-out prompts
     baseline = baseline or evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, eval_rows)
     samples = run.kept.get("samples", baseline)  # the latest evaluation
     kl_coef = run.kept.get("kl_coef", cfg.kl_coef)  # beta
@@ -623,7 +623,7 @@ def check_config(cfg):
 
 # FORK: to use other prompt data, build rows with a "prompt" here.
 def load_prompts(cfg, tokenizer):
-    """Returns (rows, held-out rows) short enough, each with its token ids as `row.prompt_ids`."""
+    """Returns rows and held-out rows that fit, each with its token ids as `row.prompt_ids`."""
 
     def encode(row):
         row.unread = ()  # a reward function may use any key
@@ -675,7 +675,7 @@ def load_models(cfg, tokenizer, longest, device):
     for spec in cfg.reward:
         scorers.append(load_scorer(spec, policy, tokenizer, cfg.microbatch_size, **options))
     critic = load_critic(cfg, scorers, policy, tokenizer, **options)
-    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # after copying: the copies have none
+    common.add_adapters(policy, cfg.lora_rank, cfg.policy)  # after copying: ref_policy has none
     common.check_context(policy, longest)  # is its context long enough?
     for model in (policy, critic):
         common.to_device(model, device, cfg.dtype, cfg.gradient_checkpointing, cfg.compile)
@@ -770,7 +770,7 @@ def evaluate(cfg, policy, ref_policy, tokenizer, scorers, judge, rows):
 
 
 def measure_scales(cfg, kept, policy, ref_policy, tokenizer, scorers, rows):
-    """Sets mean and std of reward models that bring none, by scores of the initial policy's texts.
+    """Sets mean and std of reward models without them, from scores of the initial policy's texts.
 
     Returns {reward: (mean, std)}, which checkpoints keep: a resumed run must use the same.
     """
@@ -902,7 +902,7 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
 
 
 def update_metrics(steps):
-    """Returns means over optimizer steps of all statistics that the loop recorded, the number of
+    """Returns means over optimizer steps of what the loop recorded, except `ratio`, the number of
     steps tried, and two values of the first step, when the policy is still pi_old.
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
@@ -953,7 +953,7 @@ def check_sampler(run, policy, rollout, logprobs):
     what = f"the sampler's log-probabilities are off by {gap:.2g} nats per token"
     if run.step == run.done + 1 and not gap <= MAX_GAP:
         name = type(policy).__name__
-        raise UserError(f"{what}: {name} gives other probabilities in sampling than in training")
+        raise UserError(f"{what}: {name} gives different probabilities in sampling and training")
     if gap > (SAMPLER_GAP_BF16 if policy.use_bf16 else SAMPLER_GAP):
         causes = "a cache that rounds, MoE routing that flips; try --dtype float32"
         run.warn("sampler", f"{what}. Usual causes: {causes}")

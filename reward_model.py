@@ -62,7 +62,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     save_every: Count = arg(500, "optimizer steps between checkpoints")
 
     model: str = arg("ckpt/sft", "causal LM, or a reward model to train further")
-    data: list[str] | None = arg(None, "JSONL files of pairs; None: the toy pairs in data/")
+    data: list[str] | None = arg(None, "JSONL of prompt, chosen, rejected; None: toy task in data/")
     eval_data: list[str] | None = arg(None, "held-out JSONL files; None: a tenth of --data")
     max_prompt_length: Count = arg(512, "in tokens; pairs with longer prompts are dropped")
     response_length: Count = arg(512, "in tokens, with EOS; pairs with longer ones are dropped")
@@ -70,7 +70,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     epochs: Count = arg(1, "passes over the pairs; usually 1, as more overfit")
     batch_size: Count = arg(32, "pairs per optimizer step")
     microbatch_size: Count | None = arg(None, "pairs at once; None: fastest that fits, CPU: 32")
-    lr: Share | None = arg(None, "peak learning rate; None: 1e-3 (tiny) to 3e-6 (1 B)")
+    lr: Share | None = arg(None, "peak learning rate; None: by size, 1e-3 to 3e-6")
     warmup: Share = arg(0.05, "share of steps in which lr rises from 0; then a cosine to 0")
     weight_decay: Share = arg(0.0, "weight decay of AdamW; usually 0 to 0.1")
     max_grad_norm: Positive = arg(1.0, "clip the gradient to this norm")

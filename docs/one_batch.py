@@ -368,7 +368,7 @@ def draw_advantages(record):
     upper.plot(ts, one["returns"], "s--", color=ORANGE, markersize=4, label="G = A + V")
     upper.plot(ts, one["values"], "o-", color=BLUE, markersize=4, label="V")
     upper.vlines(ts, one["values"], one["returns"], color="0.6", linewidth=1, label="A")
-    lower.bar(ts, one["deltas"], color=GREY, edgecolor="0.5", hatch="..", label="δ, one step")
+    lower.bar(ts, one["deltas"], color=GREY, edgecolor="0.5", hatch="..", label="δ (TD error)")
     lower.plot(ts, one["advantages"], "D-", color=INK, markersize=4, label="A")
     lower.axhline(0, color=INK, linewidth=0.8)
     label_axes(upper, one, "reward to come")
@@ -389,7 +389,8 @@ def draw_ratios(record):
         axes.plot([t] * (len(ratios) + 1), [1.0, *ratios], ".-", color=colour, markersize=5)
         mark = "X" if is_cut(ratios[-1], advantage, eps) else "o"
         axes.plot(t, ratios[-1], mark, color=colour, markersize=8)
-    for colour, mark, name in ((ORANGE, "o", "A > 0"), (BLUE, "o", "A < 0"), (INK, "X", "cut")):
+    marks = (ORANGE, "o", "whitened A > 0"), (BLUE, "o", "whitened A < 0"), (INK, "X", "cut")
+    for colour, mark, name in marks:
         axes.plot([], [], mark, color=colour, label=name)
     label_axes(axes, one, "ratio ρ, after each epoch")
     axes.set_xlabel("token of the response")

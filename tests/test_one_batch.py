@@ -189,8 +189,10 @@ def test_the_page_for_readers_of_blog_posts_says_of_extreme_ratios_what_the_reco
     low_name, high_name = f"{ratios[-1][low]:.4f}", f"{int(ratios[-1][high])}"
     assert f"Is a ratio of {low_name} or {high_name} on one token" in page
     shares = [f"{PAGE[name]:.0%}".replace("%", " %") for name in ("highest_share", "lowest_share", "cut_share")]
-    assert f"the token at {high_name} alone makes up {shares[0]} of it, the one at {low_name} {shares[1]}" in page
-    assert f"({PAGE['last_cut'] * 100:.1f} % of the tokens) {shares[2]}" in page
+    assert f"{shares[0]} of it comes from the token at {high_name} alone" in page
+    assert f", {shares[1]} from the one at {low_name}" in page
+    cut = f"{PAGE['last_cut'] * 100:.1f} % of the tokens"
+    assert f"and {shares[2]} from all tokens that are cut ({cut})" in page
 
 
 # === The script ===================================================================================
