@@ -121,7 +121,7 @@ class Config(harness.RunConfig):  # the flags that all stages share are in harne
     # KL, lengths and your own reading more than the score.
     kl_coef: Weight = arg(0.15, "KL penalty beta; usually 0.02 to 0.2; 0 invites reward hacking")
     kl_target: Positive | None = arg(None, "KL that beta aims for; 3 to 10 nats; None: beta fixed")
-    kl_horizon: Count | None = arg(None, "responses in which beta changes by 1/5; None: total / 12")
+    kl_horizon: Count | None = arg(None, "responses in which beta moves <= 1/5; None: total / 12")
     reward_device: str | None = arg(None, "for reference and reward models; None: --device")
     missing_eos_penalty: Weight = arg(1.0, "subtracted from the score of a response without EOS")
 
@@ -626,7 +626,7 @@ def load_prompts(cfg, tokenizer):
     """Returns rows and held-out rows that fit, each with its token ids as `row.prompt_ids`."""
 
     def encode(row):
-        row.unread = ()  # a reward function may use any key
+        row.unread = ()  # none: a reward may use every key
         row.prompt_ids, _ = common.encode(tokenizer, row["prompt"], tools=row.get("tools"))
         problem = harness.too_long(cfg, row.prompt_ids) if row.prompt_ids else "empty"
         yield problem or row
@@ -795,8 +795,8 @@ def log_evaluation(run, samples, baseline):
 
 
 def summarize(samples, baseline):
-    """Returns means over samples, and the share of prompts on which they beat the SFT policy's,
-    ties counting half: by the true reward if there is a judge, else by the score.
+    """Returns means over samples, and their win rate against the SFT policy's (ties count half),
+    by the true reward if there is a judge, else by the score.
     """
     has_judge = samples[0]["true_reward"] is not None
     key = "true_reward" if has_judge else "score"  # what decides a win
@@ -893,7 +893,7 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
         "score_parts": score_parts.mean(1).tolist(),  # of each --reward, in their order
         "score_std": scores.std(correction=0).item(),  # shrinks; near 0: all responses score alike
         "true_reward": None if true_rewards is None else true_rewards.mean().item(),
-        "kl_k3": (torch.exp(-token_kl) - 1 + token_kl).sum(1).mean().item(),  # as kl, never < 0
+        "kl_k3": (torch.exp(-token_kl) - 1 + token_kl).sum(1).mean().item(),  # kl, never < 0
         "entropy": entropies[mask].mean().item(),  # nats per token; near 0: always one answer
         "response_length": mask.sum(1).float().mean().item(),  # tokens; should not jump
         "eos_rate": finished.float().mean().item(),  # near 1
@@ -902,7 +902,7 @@ def rollout_metrics(batch, score_parts, true_rewards, finished, entropies):
 
 
 def update_metrics(steps):
-    """Returns means over optimizer steps of what the loop recorded, except `ratio`, the number of
+    """Returns means over optimizer steps of what the loop recorded (not `ratio`), the number of
     steps tried, and two values of the first step, when the policy is still pi_old.
 
     approx_kl is rho - 1 - log rho, an estimate of KL(pi_old || pi) that is never negative (Schulman
@@ -939,9 +939,9 @@ def run_metrics(run, response_mask):
     }
 
 
-# Mean |log pi as sampled - log pi recomputed|, in nats per token: ten times what
-# tests/test_families.py finds in the worst of its families, for float32 and for bf16. Above
-# MAX_GAP a run ends in its first iteration.
+# Warn above this mean |sampled - recomputed log pi|, in nats per token: ten times what
+# tests/test_families.py finds in its worst family, for float32 and for bf16. Above MAX_GAP a run
+# ends in its first iteration.
 SAMPLER_GAP = 2.1e-5
 SAMPLER_GAP_BF16 = 0.28
 MAX_GAP = 0.5
@@ -989,7 +989,7 @@ def warn_if_unhealthy(run):
          "a sampling setting changes the distribution; a second EOS id"),
         (unexplained, "critic", "explained variance below 0 for 10 iterations",
          "--critic-lr too high or too low; a reward that is noise given the prompt"),
-        (row["skipped_steps"] > 0, "gradient", "a gradient was not finite, its step was skipped",
+        (row["skipped_steps"] > 0, "gradient", "a gradient was not finite; its step was skipped",
          "--lr too high; very large rewards"),
     )
     for is_seen, name, symptom, causes in rules:
@@ -1016,7 +1016,7 @@ def print_start(cfg, policy, ref_policy, critic, scorers, optimizer, num_prompts
 
 
 def explain_response(tokenizer, batch, rewards, advantages, row=0):
-    """Returns one response as a table: the score is at the last token, advantages carry it back."""
+    """Returns one response as a table: the score is at the last token; advantages carry it back."""
     columns = {
         "log pi": batch.logprobs, "log ref": batch.ref_logprobs,
         "KL": batch.logprobs - batch.ref_logprobs, "V": batch.values, "reward": rewards,

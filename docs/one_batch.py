@@ -355,7 +355,7 @@ def draw_batch(record):
     end, y, arrow = p + len(batch["values"][row]), row + 0.5, {"arrowstyle": "->"}
     axes.annotate(f"row {row}", (end, y), (end + 6, y), va="center", arrowprops=arrow)
     key = "white: padding; light grey: prompt; dark grey: response; black: its EOS"
-    axes.set(xlabel="column of the P + R tokens", ylabel="row of the B responses", title=key)
+    axes.set(xlabel="column, of P + R", ylabel="row, of B", title=key)
     return axes.figure
 
 
