@@ -44,6 +44,7 @@ TEXTS = {page: PAGES[page] for page in FIRST} | {name: STAGES[name].__doc__ for 
 OTHER_COMMANDS = (  # than those of SCRIPTS, whose flags are parsed
     "python3 -m venv", "pip install", "python -m pytest", "transformers serve", "transformers chat", "git apply",
     "--sampler-device", "torchrun", "bench/", "compare.py", "one_batch.py", "from datasets import", "import pipeline",
+    "examples/instruct/", "head -n 192",
 )
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 

@@ -1,5 +1,7 @@
 """The example of a real instruct model: its prompts, its reward, and what is measured."""
 
+import json
+import statistics
 import subprocess
 import sys
 
@@ -71,3 +73,50 @@ def test_the_score_is_the_share_of_instructions_that_are_obeyed_and_a_table_coun
         reward.obeys("foxes run far", "rhyme", None)
     with pytest.raises(ValueError):
         reward.obeyed([""], texts[:3], rows)  # a text for each row
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "docs" / "results" / "instruct.json").read_text(encoding="utf-8"))
+    measured = list(results["measured"].values())  # one for each seed
+
+    def cell(name, file, key, digits=2):
+        values = [each[name][file][key] for each in measured if name in each]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and any(values) else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = {"before": "before", "PPO": "PPO", "PPO, 1e-5": "PPO, `--lr 1e-5`"}
+    lines |= {"rejection sampling": "rejection sampling", "best of 8": "best of 8, chosen by the reward"}
+    for name, line in lines.items():
+        cells = [cell(name, "heldout", "score"), cell(name, "heldout", "both"), cell(name, "new_kinds", "first")]
+        cells.append(cell(name, "heldout", "words", 0))
+        cells.append("" if name == "best of 8" else cell(name, "heldout", "kl"))
+        assert f"| {line} | {' | '.join(cells)}".rstrip() in page
+    runs = [run for name, run in results["ppo"].items() if name.startswith("3e-5")]
+    assert f"| {statistics.mean(run['cpu_seconds'] for run in runs):.0f} |" in page and len(runs) == 3
+    rejection = [run["cpu_seconds_sampling"] + run["cpu_seconds_sft"] for run in results["rejection"].values()]
+    assert f"| {statistics.mean(rejection):.0f} |" in page
+    firsts = [f"{run['iterations'][0]['approx_kl']:.3f}" for run in runs]
+    assert f"was {firsts[0]}, {firsts[1]} and {firsts[2]} in the first iteration" in " ".join(page.split())
+    for kind, line in {
+        "words": "at most so many words", "avoid": "without a word", "include": "with a word",
+        "begin": "begin with a word", "end": "end with two words", "lowercase": "lowercase letters only",
+        "sentences": "exactly so many sentences", "question": "new: end with a question mark",
+        "capitals": "new: capital letters only",
+    }.items():
+        shares = []
+        for name in ("before", "PPO", "rejection sampling", "best of 8"):
+            files = [file["kinds"] for each in measured if name in each for file in each[name].values()]
+            counts = [kinds[kind] for kinds in files if kind in kinds]
+            shares.append(f"{sum(kept for kept, _ in counts) / sum(number for _, number in counts):.2f}")
+        assert f"| {line} | {' | '.join(shares)} |" in page
+
+
+def test_the_answers_that_the_page_shows_have_the_score_that_it_says():
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    rows = {row["prompt"][0]["content"]: row for file in make_data.make_data().values() for row in file}
+    perfect = page.partition("the checker calls perfect")[2].splitlines()
+    answers = [line.strip("| ").split(" | ")[:2] for line in perfect if line.startswith("| ")][1:]
+    assert len(answers) == 10
+    for prompt, answer in answers:
+        assert reward.obeyed([prompt], [answer], [rows[prompt]]) == [1.0], answer
