@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -373,7 +374,7 @@ def test_the_cost_of_the_run_that_the_readme_names_is_on_the_page_and_in_the_res
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"| {seconds} | {memory} |" in readme
     reached = [f"{run['heldout'][key]:.2f}" for key in ("true_reward", "kl")]
-    assert f"to {reached[0]} at a KL of {reached[1]} nats" in readme
+    assert f"→ {reached[0]} at a KL of {reached[1]} nats" in readme
 
 
 @pytest.mark.parametrize("name", ["beside_ppo", "beside_ppo_stories"])
@@ -393,3 +394,32 @@ def test_what_the_page_says_of_minibatches_on_the_story_model_is_in_the_results(
         gains = [small[seed]["heldout"][key] - large[seed]["heldout"][key] for seed in large]
         assert f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}" in PAGE
     assert len(large) == len(small) == 3
+
+
+def test_what_the_page_says_of_the_runs_that_were_measured_later_is_in_the_results():
+    results = json.loads((ROOT / "docs" / "results" / "beside_ppo_more.json").read_text(encoding="utf-8"))
+    [page] = re.findall(r"### Measured later\n(.*?)\n## ", PAGE, re.S)
+    page = " ".join(page.split())
+    ratio = results["embedded world"]["KL in the loss, times the ratio"]
+    alone = results["embedded world"]["KL in the loss"]["0.3"]["0"]["heldout"]["true_reward"]
+    assert f"reached {alone:.2f} there" in page
+
+    def of(runs, key, digits=2, spread=True):
+        values = [run["heldout"][key] for run in runs]
+        text = f"{statistics.mean(values):.{digits}f}"
+        return text + (f" ± {statistics.stdev(values):.{digits}f}" if spread else "")
+
+    for c in ("0.1", "0.3"):
+        two, five = [ratio[c][seed] for seed in "01"], list(ratio[c].values())
+        assert f"{of(two, 'true_reward', spread=False)} at {of(two, 'kl', 1, False)} nats with β = {c}" in page
+        assert f"{of(five, 'true_reward')} at {of(five, 'kl', 1, False)} nats with β = {c}" in page and len(five) == 5
+    stories = results["stories"]
+    for name, c in (("GRPO", "0.03"), ("RLOO", "0.05")):
+        runs = list(stories[name][c].values())
+        assert f"{of(runs, 'true_reward')} at {of(runs, 'kl', 1)} nats in {of(runs, 'words', 0, False)} words" in page
+        assert f"{name} with β = {c}" in page and len(runs) == 3
+    best = max(stories["GRPO"], key=lambda c: stories["GRPO"][c].get("0")["choice"]["true_reward"])
+    assert best == "0.03" and len(stories["GRPO"]) == 4
+    for name, c in (("GRPO", "0.1"), ("GRPO", "0.3"), ("RLOO", "0.05")):
+        run = [stories[name][c]["0"]]
+        assert f"{of(run, 'true_reward', spread=False)} at {of(run, 'kl', 1, False)}" in page
