@@ -423,3 +423,17 @@ def test_what_the_page_says_of_the_runs_that_were_measured_later_is_in_the_resul
     for name, c in (("GRPO", "0.1"), ("GRPO", "0.3"), ("RLOO", "0.05")):
         run = [stories[name][c]["0"]]
         assert f"{of(run, 'true_reward', spread=False)} at {of(run, 'kl', 1, False)}" in page
+
+
+def test_the_row_with_the_ratio_differs_from_the_fork_by_that_factor_alone(tmp_path):
+    method = compare.METHODS["KL in the loss, times the ratio"]
+    patch = ROOT / "examples" / "forks" / f"{method.fork}.patch"
+    scripts = []
+    for name, edit in (("without", ()), ("with", method.edit)):
+        project = compare.forked(tmp_path / name, patch, edit)
+        scripts.append((project / "ppo.py").read_text(encoding="utf-8").splitlines())
+    [(plain, times_ratio)] = [lines for lines in zip(*scripts, strict=True) if lines[0] != lines[1]]
+    assert plain.strip() == "+ kl_coef * k3.sum() / num_tokens"
+    assert times_ratio.strip() == "+ kl_coef * (ratio * k3).sum() / num_tokens"
+    with pytest.raises(AssertionError):
+        compare.forked(tmp_path, patch, ("a text that is not there", ""))
