@@ -418,6 +418,11 @@ def test_what_the_page_says_of_the_runs_that_were_measured_later_is_in_the_resul
         runs = list(stories[name][c].values())
         assert f"{of(runs, 'true_reward')} at {of(runs, 'kl', 1)} nats in {of(runs, 'words', 0, False)} words" in page
         assert f"{name} with β = {c}" in page and len(runs) == 3
+    first = json.loads((ROOT / "docs" / "results" / "beside_ppo_stories.json").read_text())["methods"]
+    for name, c in (("PPO", "0.05"), ("KL in the loss", "0.1"), ("DPO", "0.03"), ("IPO", "0.01"), ("KTO", "0.03")):
+        runs = [first[name]["runs"][c]["0"], *stories[name][c].values()]
+        cells = f"{of(runs, 'true_reward')} | {of(runs, 'kl')} | {of(runs, 'words', 0, False)}"
+        assert f"| {name} | {c} | {cells} |" in page and len(runs) == 3
     best = max(stories["GRPO"], key=lambda c: stories["GRPO"][c].get("0")["choice"]["true_reward"])
     assert best == "0.03" and len(stories["GRPO"]) == 4
     for name, c in (("GRPO", "0.1"), ("GRPO", "0.3"), ("RLOO", "0.05")):

@@ -86,18 +86,27 @@ def test_the_tables_of_the_page_are_those_of_the_results():
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = {"before": "before", "PPO": "PPO", "PPO, 1e-5": "PPO, `--lr 1e-5`"}
+    lines["PPO, minibatches of 16"] = "PPO, `--minibatch-size 16`"
     lines |= {"rejection sampling": "rejection sampling", "best of 8": "best of 8, chosen by the reward"}
     for name, line in lines.items():
         cells = [cell(name, "heldout", "score"), cell(name, "heldout", "both"), cell(name, "new_kinds", "first")]
         cells.append(cell(name, "heldout", "words", 0))
         cells.append("" if name == "best of 8" else cell(name, "heldout", "kl"))
         assert f"| {line} | {' | '.join(cells)}".rstrip() in page
-    runs = [run for name, run in results["ppo"].items() if name.startswith("3e-5")]
-    assert f"| {statistics.mean(run['cpu_seconds'] for run in runs):.0f} |" in page and len(runs) == 3
+    for start in ("3e-5", "1e-5", "minibatches"):
+        seconds = [run["cpu_seconds"] for name, run in results["ppo"].items() if name.startswith(start)]
+        assert f"| {statistics.mean(seconds):.0f} |" in page and len(seconds) == 3
     rejection = [run["cpu_seconds_sampling"] + run["cpu_seconds_sft"] for run in results["rejection"].values()]
     assert f"| {statistics.mean(rejection):.0f} |" in page
-    firsts = [f"{run['iterations'][0]['approx_kl']:.3f}" for run in runs]
-    assert f"was {firsts[0]}, {firsts[1]} and {firsts[2]} in the first iteration" in " ".join(page.split())
+    for start, words in (("3e-5", "was {}, {} and {} in the first"), ("1e-5", "it was {}, {} and {}. All")):
+        runs = [run for name, run in results["ppo"].items() if name.startswith(start)]
+        firsts = [f"{run['iterations'][0]['approx_kl']:.3f}" for run in runs]
+        assert words.format(*firsts) in " ".join(page.split())
+    changes = [
+        seed["PPO, minibatches of 16"]["heldout"]["score"] - seed["PPO"]["heldout"]["score"] for seed in measured
+    ]
+    difference = f"a difference of {statistics.mean(changes):.2f} ± {statistics.stdev(changes):.2f}"
+    assert difference in " ".join(page.split())
     for kind, line in {
         "words": "at most so many words", "avoid": "without a word", "include": "with a word",
         "begin": "begin with a word", "end": "end with two words", "lowercase": "lowercase letters only",
