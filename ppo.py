@@ -719,9 +719,9 @@ def load_critic(cfg, scorers, policy, tokenizer, **options):
 
 
 # Learning rates by number of parameters: a rate that suits a tiny model can ruin a large one within
-# one iteration. By approx_kl in iteration 1, the first two suit models from scratch (0.01 to 0.05
-# at 0.3, 1 and 5 M) and the third a pretrained one (0.003 at 135 M; three times the rate, with
-# 0.016 to 0.047, learned more there). The last is that of Huang et al. 2024 for 1 to 7 B.
+# one iteration. They were chosen by approx_kl in iteration 1. Models of 0.3, 1 and 5 M trained from
+# scratch reach 0.01 to 0.05 with the first two; a pretrained 135 M model reaches 0.003 to 0.009
+# with the third, and learned more at three times it (0.016 to 0.047). Last: Huang et al. 2024.
 LR_BY_SIZE = ((5e5, 3e-4), (10e6, 5e-5), (1e9, 1e-5), (math.inf, 3e-6))  # (below, learning rate)
 
 
